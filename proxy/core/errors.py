@@ -7,6 +7,7 @@
       CreditsHeld          402   enough credits, but other calls hold them: worth a retry
       Forbidden            403   the key lacks a scope or the model is not on its list
       NotFound             404   unknown path, model or receipt
+      MethodNotAllowed     405   the path exists, the method doesn't
       TooLarge             413   body above the limit
       TooManyRequests      429   a limit of the key
       UpstreamError        502   the upstream refused us or can't be reached: not the client's fault
@@ -23,6 +24,7 @@ __all__ = [
     "CreditsHeld",
     "Forbidden",
     "InvalidRequest",
+    "MethodNotAllowed",
     "NotFound",
     "OutOfCredits",
     "Refusal",
@@ -105,6 +107,11 @@ class Forbidden(Refusal):
 
 class NotFound(Refusal):
     status = 404
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(Refusal):
+    status = 405
     type = "invalid_request_error"
 
 

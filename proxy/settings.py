@@ -1,0 +1,151 @@
+"""Settings: everything an operator can set, read from FAREBOX_* variables here and nowhere else.
+
+``load`` reads the environment, the CLI's options before it, and turns what pydantic finds wrong into one SettingsError
+that names each variable. Below ``app.py`` nothing sees this class: objects are handed the values.
+
+Units stand last in a name (``_seconds``, ``_bytes_max``). A secret is a SecretStr: no log or traceback shows it.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+__all__ = ["Settings", "SettingsError", "load"]
+
+PREFIX = "FAREBOX_"
+PEPPER_BYTES_MIN = 16
+ADMIN_TOKEN_BYTES_MIN = 16
+
+
+class SettingsError(ValueError):
+    """Farebox can't start with these settings; the message has one line for each variable that is wrong."""
+
+
+def _words(value: object) -> object:
+    """``a, b`` -> ``("a", "b")``; a JSON list is taken, too."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return tuple(json.loads(value))
+    return tuple(word for word in (part.strip() for part in value.split(",")) if word)
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class Settings(BaseSettings):
+    """What can be set, with its default. An empty variable counts as unset."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, populate_by_name=True
+    )
+
+    # Where the credits are.
+    database_url: str | None = Field(None, validation_alias=AliasChoices("FAREBOX_DATABASE_URL", "DATABASE_URL"))
+    """None: the embedded PostgreSQL in ``state_dir``."""
+    state_dir: Path = Path(".farebox")
+    """The embedded database, its demo key and locks."""
+    key_pepper: SecretStr | None = None
+    """What API keys are hashed under: one text, or several as ``1:TEXT,2:TEXT``; the highest version signs new keys."""
+    reserve_seconds: Seconds = 5.0
+    """How long a call waits for the ledger before it is answered 503."""
+
+    # What is sold, and through whom.
+    pricing: Path = Path("pricing.yaml")
+    upstreams: Path = Path("config/upstreams.yaml")
+    reload_seconds: Seconds = 2.0
+    """How often both files are looked at for a change."""
+
+    # Listening.
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Port = 9464
+    """0 switches the metrics listener off."""
+    cors_origins: Words = ("*",)
+    """Origins that browsers may call from; ``*`` is any, an empty JSON list none."""
+    shutdown_seconds: Seconds = 25.0
+    """How long running answers may go on after SIGTERM. Keep the orchestrator's grace period 10 s above it."""
+
+    # The admin API: off unless its token is set.
+    admin_token: SecretStr | None = None
+
+    # Limits on a request.
+    body_bytes_max: int = Field(10 * 1024 * 1024, ge=1024)
+    messages_max: int = Field(2_000, ge=1)
+    json_depth_max: int = Field(64, ge=4)
+    choices_max: int = Field(8, ge=1, le=128)
+    header_bytes_max: int = Field(32 * 1024, ge=1024)
+    receive_seconds: Seconds = 30.0
+    """How long a client may take to send its request."""
+    limits_profile: Literal["default", "chat"] = "default"
+    """``chat``: 100 messages and 32 KiB for every key that names no profile of its own."""
+
+    # Credits and answers.
+    exhausted_status: Annotated[
+        Literal[402, 429], BeforeValidator(lambda value: int(value) if str(value).isdigit() else value)
+    ] = 402
+    """The status of "out of credits". SDKs retry 429 up to three times."""
+    affordable_cap_tokens_min: int = Field(64, ge=1)
+    """The least output cap that is sent because a balance is short; below it the call is refused."""
+    send_seconds: Seconds = 30.0
+    """How long a client may not read before it counts as gone."""
+    drains_max: int = Field(500, ge=0)
+    """How many answers are read on at once for clients that left; one more is cut off and charged by count."""
+
+    # Saying what happens.
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+
+    @field_validator("key_pepper")
+    @classmethod
+    def _pepper_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _peppers(value.get_secret_value())
+        return value
+
+    @field_validator("admin_token")
+    @classmethod
+    def _token_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value().encode()) < ADMIN_TOKEN_BYTES_MIN:
+            raise ValueError(f"is too short: at least {ADMIN_TOKEN_BYTES_MIN} bytes")
+        return value
+
+    def peppers(self) -> dict[int, bytes]:
+        """The peppers by version; empty where none is set."""
+        return {} if self.key_pepper is None else _peppers(self.key_pepper.get_secret_value())
+
+
+def load(**options: Any) -> Settings:
+    """The settings: ``options`` first (None leaves the environment's), then the environment. Raises SettingsError."""
+    try:
+        return Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError("\n".join(_line(item) for item in error.errors(include_url=False))) from None
+
+
+def _line(item: Any) -> str:
+    """``FAREBOX_PORT: input should be ... (got 'x')``; the value of a secret is never shown."""
+    field = str(item["loc"][0]) if item["loc"] else "settings"
+    name = PREFIX + field.upper() if field in Settings.model_fields else field
+    problem = item["msg"].removeprefix("Value error, ")
+    secret = field in {"key_pepper", "admin_token"} or "DATABASE_URL" in name
+    return f"{name}: {problem}" + ("" if secret or "input" not in item else f" (got {str(item['input'])[:80]!r})")
+
+
+def _peppers(text: str) -> dict[int, bytes]:
+    """``TEXT`` -> version 1; ``1:TEXT,2:TEXT`` -> each under its version."""
+    found: dict[int, bytes] = {}
+    for part in text.split(",") if text.split(":", 1)[0].isdigit() else [f"1:{text}"]:
+        version, _, secret = part.strip().partition(":")
+        if not version.isdigit() or not 0 < int(version) < 32_768 or int(version) in found:
+            raise ValueError("is neither one text nor several as 1:TEXT,2:TEXT with distinct versions")
+        if len(secret.encode()) < PEPPER_BYTES_MIN:
+            raise ValueError(f"is too short: at least {PEPPER_BYTES_MIN} bytes for each version")
+        found[int(version)] = secret.encode()
+    return found
