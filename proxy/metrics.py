@@ -1,0 +1,245 @@
+"""Metrics: what an operator watches, on a registry of its own and a loopback port of its own.
+
+Every label is bound beforehand from a closed set, so that a client can't make a new time series. Amounts are whole
+microcredits; Prometheus keeps them as floats, so they are for watching. The ledger alone is the truth.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import start_http_server
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from proxy.core.usage import TOKEN_CLASSES, Usage
+
+__all__ = ["LEDGER_OPERATIONS", "ROUTES", "Metrics", "MetricsServer"]
+
+ROUTES = (
+    "chat",
+    "models",
+    "credits",
+    "transactions",
+    "usage",
+    "receipts",
+    "admin",
+    "health",
+    "other",
+)
+"""The values of the label ``route``; a path that is none of ours counts as ``other``."""
+
+LEDGER_OPERATIONS = (
+    "reserve",
+    "finalize",
+    "release",
+    "extend",
+    "batch",
+    "heartbeat",
+    "expire",
+    "find_key",
+    "other",
+)
+"""The values of the label ``operation``. ``reserve`` and ``finalize`` include the wait for the batch, ``batch`` is the
+call itself."""
+
+_SOURCES = ("reported", "partly_counted", "counted")
+_BATCH_KINDS = ("finalizes", "reserves")
+_FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_CALL_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """One object per process. Its methods are events in the words of the gateway and take microseconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._make_requests()
+        self._make_credits()
+        self._make_ledger()
+        self._make_catalog()
+
+    # Requests
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """A request was answered, ``seconds`` after it arrived. An unknown route counts as ``other``."""
+        if route not in ROUTES:
+            route = "other"
+        counter = self._requests.get((route, status))
+        if counter is None:
+            # Not known beforehand: there are at most 500 statuses, and an upstream's are passed on.
+            counter = self._requests[route, status] = self._requests_total.labels(route, str(status))
+        counter.inc()
+        self._request_seconds[route].observe(seconds)
+
+    def first_byte_added(self, seconds: float) -> None:
+        """What Farebox added to the time to the first byte: everything but the wait for the upstream."""
+        self._first_byte.observe(max(0.0, seconds))
+
+    def tokens(self, usage: Usage, source: str) -> None:
+        """The usage of a settled answer; ``source`` is a ``UsageSource``."""
+        bound = self._tokens.get(source)
+        if bound is None:
+            return
+        for counter, count in zip(bound, usage.as_tuple(), strict=True):
+            if count:
+                counter.inc(count)
+
+    # Credits
+
+    def hold_opened(self, amount: int) -> None:
+        """A reserve was granted ``amount`` microcredits."""
+        self._reserved.inc(amount)
+        self._open_holds.inc()
+
+    def hold_extended(self, by: int) -> None:
+        """An open hold grew by ``by`` microcredits."""
+        self._reserved.inc(by)
+
+    def hold_charged(self, *, charge: int, released: int, overrun: int = 0) -> None:
+        """A hold ended with a charge. ``overrun`` is the part of the charge that became debt; all in microcredits."""
+        self._charged.inc(charge)
+        self._released.inc(max(0, released))
+        self._open_holds.dec()
+        if overrun:
+            self._overruns.inc()
+            self._overrun.inc(overrun)
+
+    def hold_released(self, amount: int) -> None:
+        """A hold ended without a charge and gave ``amount`` microcredits back."""
+        self._released.inc(amount)
+        self._open_holds.dec()
+
+    def implausible_usage(self) -> None:
+        """An upstream reported more than four times the bound: the hold was charged and the answer wants a look."""
+        self._implausible.inc()
+
+    def holds_expired(self, count: int) -> None:
+        """The sweeper settled ``count`` holds of workers that are gone."""
+        self._expired.inc(count)
+
+    # Ledger
+
+    def ledger_call(self, operation: str, seconds: float) -> None:
+        """One call on the ledger; ``operation`` is one of LEDGER_OPERATIONS."""
+        self._calls.get(operation, self._calls["other"]).observe(seconds)
+
+    def ledger_failed(self, operation: str) -> None:
+        """A call on the ledger raised: the database is away, or refused what must never be asked."""
+        self._failures.get(operation, self._failures["other"]).inc()
+
+    def batch(self, *, finalizes: int, reserves: int) -> None:
+        """One batched call carried so many rows."""
+        if finalizes:
+            self._batch_sizes["finalizes"].observe(finalizes)
+        if reserves:
+            self._batch_sizes["reserves"].observe(reserves)
+
+    def watch(
+        self,
+        *,
+        exchanges: Callable[[], float] | None = None,
+        unsettled: Callable[[], float] | None = None,
+        lease_held: Callable[[], float] | None = None,
+    ) -> None:
+        """Read these when scraped (from the server's thread): open exchanges, finalizes not yet written, lease held."""
+        watched = ((self._exchanges, exchanges), (self._unsettled, unsettled), (self._lease, lease_held))
+        for gauge, read in watched:
+            if read is not None:
+                gauge.set_function(read)
+
+    # Catalog
+
+    def catalog_loaded(self, version: str, routes: int) -> None:
+        """A catalog of so many routes serves from now on."""
+        with self._catalog_lock:
+            self._price_version.clear()
+            self._price_version.labels(version).set(1)
+        self._routes.set(routes)
+        self._catalog_stale.set(0)
+
+    def catalog_failed(self) -> None:
+        """A changed file was refused; the last good catalog goes on serving."""
+        self._reload_failures.inc()
+        self._catalog_stale.set(1)
+
+    # The metrics themselves
+
+    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(f"farebox_{name}", text, tuple(labels), registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(f"farebox_{name}", text, tuple(labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
+        return Histogram(f"farebox_{name}", text, tuple(labels), buckets=tuple(buckets), registry=self.registry)
+
+    def _make_requests(self) -> None:
+        self._requests_total = self._counter("requests_total", "Requests answered.", ("route", "status"))
+        self._requests: dict[tuple[str, int], Counter] = {}
+        durations = self._histogram(
+            "request_seconds", "From a request's arrival to the end of its answer.", _CALL_SECONDS, ("route",)
+        )
+        self._request_seconds = {route: durations.labels(route) for route in ROUTES}
+        self._first_byte = self._histogram(
+            "first_byte_added_seconds", "What Farebox added to the time to the first byte.", _FAST_SECONDS
+        )
+        tokens = self._counter("tokens_total", "Tokens settled, by class and by who said so.", ("class", "source"))
+        self._tokens = {source: [tokens.labels(name, source) for name in TOKEN_CLASSES] for source in _SOURCES}
+        self._implausible = self._counter("implausible_usage_total", "Answers whose reported usage was not believed.")
+
+    def _make_credits(self) -> None:
+        self._reserved = self._counter("reserved_microcredits_total", "Microcredits reserved.")
+        self._charged = self._counter("charged_microcredits_total", "Microcredits charged.")
+        self._released = self._counter("released_microcredits_total", "Microcredits reserved and given back.")
+        self._overruns = self._counter("overruns_total", "Charges that the account could not carry: they made debt.")
+        self._overrun = self._counter("overrun_microcredits_total", "Microcredits that became debt.")
+        self._open_holds = self._gauge("open_holds", "Holds that this process opened and has not ended.")
+        self._exchanges = self._gauge("open_exchanges", "Requests in flight.")
+        self._expired = self._counter("expired_holds_total", "Holds settled for workers that are gone.")
+
+    def _make_ledger(self) -> None:
+        calls = self._histogram("ledger_call_seconds", "Time of a call on the ledger.", _FAST_SECONDS, ("operation",))
+        self._calls = {operation: calls.labels(operation) for operation in LEDGER_OPERATIONS}
+        failures = self._counter("ledger_failures_total", "Calls on the ledger that raised.", ("operation",))
+        self._failures = {operation: failures.labels(operation) for operation in LEDGER_OPERATIONS}
+        sizes = self._histogram("ledger_batch_size", "Rows in one batched call.", _BATCH_SIZES, ("kind",))
+        self._batch_sizes = {kind: sizes.labels(kind) for kind in _BATCH_KINDS}
+        self._unsettled = self._gauge("unsettled_finalizes", "Ended answers whose charge is not yet in the ledger.")
+        self._lease = self._gauge("worker_lease_held", "1 while this process may admit requests.")
+
+    def _make_catalog(self) -> None:
+        self._catalog_lock = threading.Lock()
+        self._price_version = self._gauge("price_version_info", "The price version that serves.", ("version",))
+        self._routes = self._gauge("catalog_routes", "Models for sale.")
+        self._reload_failures = self._counter("catalog_reload_failures_total", "Changed files that were refused.")
+        self._catalog_stale = self._gauge("catalog_stale", "1 while a changed file is refused and an older one serves.")
+
+
+class MetricsServer:
+    """Serves a registry as text over HTTP from a thread of its own, so that a busy event loop can still be watched."""
+
+    def __init__(self, metrics: Metrics, *, host: str = "127.0.0.1", port: int) -> None:
+        self._metrics = metrics
+        self._host = host
+        self._port = port
+        self._server: WSGIServer | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> int:
+        """Listen, and return the port (chosen by the system if it was 0). Raises OSError where the port is busy."""
+        self._server, self._thread = start_http_server(self._port, self._host, self._metrics.registry)
+        return int(self._server.server_port)
+
+    def stop(self) -> None:
+        """Stop listening and wait for the thread. A second call does nothing."""
+        if self._server is None or self._thread is None:
+            return
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self._server = self._thread = None
