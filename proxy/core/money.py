@@ -27,7 +27,9 @@ def parse_credits(text: str) -> int:
     At most six decimals, no sign, no exponent, at most ``AMOUNT_MAX``. Raises MoneyError.
     """
     if not _DECIMAL.match(text):
-        raise MoneyError(f"{text[:40]!r} is not an amount of credits: expected a decimal such as 12.5, with at most 6 decimals")
+        raise MoneyError(
+            f"{text[:40]!r} is not an amount of credits: expected a decimal such as 12.5, with at most 6 decimals"
+        )
     amount = int(Decimal(text) * MICROCREDITS_PER_CREDIT)
     if amount > AMOUNT_MAX:
         raise MoneyError(f"{text[:40]!r} is above the largest amount, {format_credits(AMOUNT_MAX)} credits")

@@ -74,6 +74,8 @@ class ApiKey:
 
 
 class ReserveOutcome(StrEnum):
+    """What became of a reserve: granted, or why not."""
+
     GRANTED = "granted"
     INSUFFICIENT = "insufficient"
     """The balance itself is below ``at_least``, or debt stands."""
@@ -128,6 +130,8 @@ class Reserved:
 
 
 class FinalizeOutcome(StrEnum):
+    """What became of a finalize."""
+
     FINAL = "final"
     """Settled by this call, or by an earlier one with the same fingerprint."""
     CONFLICT = "conflict"
