@@ -429,7 +429,9 @@ def _make_private_among_strangers(directory: Path, identity: Identity) -> None:
     except FileExistsError:
         found = directory.lstat()
         if directory.is_symlink() or found.st_uid != wanted or found.st_mode & 0o077:
-            raise LocalError(f"{directory} isn't ours; remove it, or set FAREBOX_STATE_DIR to a shorter path.") from None
+            raise LocalError(
+                f"{directory} isn't ours; remove it, or set FAREBOX_STATE_DIR to a shorter path."
+            ) from None
 
 
 def _clear_stale_locks(place: _Place) -> None:

@@ -1,0 +1,52 @@
+"""Fixtures for every test: a PostgreSQL for the run, a database for the test."""
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from proxy.local.postgres import ClusterAddress
+from tests.postgres import Database, fresh_database, remove_cluster, running_cluster
+
+RUN_ID = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker: dict[str, str] = getattr(config, "workerinput", {})
+    config.stash[RUN_ID] = worker["farebox_run"] if worker else _new_run_id()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and RUN_ID in config.stash:
+        remove_cluster(config.stash[RUN_ID])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: object) -> None:
+    """Tell an xdist worker which run it belongs to."""
+    node.workerinput["farebox_run"] = node.config.stash[RUN_ID]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[ClusterAddress]:
+    """The run's PostgreSQL, shared by all workers; for tests that make databases or roles themselves."""
+    with running_cluster(request.config.stash[RUN_ID]) as address:
+        yield address
+
+
+@pytest.fixture
+def database(cluster: ClusterAddress) -> Iterator[Database]:
+    """A migrated, empty database of this test's own."""
+    with fresh_database(cluster) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def module_database(cluster: ClusterAddress) -> Iterator[Database]:
+    """A migrated database that this module's tests share; each must make accounts of its own."""
+    with fresh_database(cluster) as found:
+        yield found
+
+
+def _new_run_id() -> str:
+    return secrets.token_hex(6)
