@@ -1,0 +1,208 @@
+"""How the ledger's rows look outside: the JSON of the self-service and admin APIs and of the command's ``--json``.
+
+One shape for one thing, wherever it is shown. Amounts are decimal strings in credits, exact; times are UTC in RFC 3339;
+lists are OpenAI's (``object: list``, ``data``, ``has_more``).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from proxy.core.money import format_credits
+from proxy.core.pricing import TOKENS_PER_RATE
+from proxy.core.usage import TOKEN_CLASSES, Usage
+from proxy.ledger.records import Account, ApiKey, Ended, Transfer
+
+__all__ = [
+    "View",
+    "account_view",
+    "credits_view",
+    "exact_credits",
+    "key_view",
+    "list_view",
+    "page",
+    "receipt_view",
+    "time_text",
+    "tokens_view",
+    "transaction_id",
+    "transfer_view",
+]
+
+View = dict[str, Any]
+
+
+def account_view(account: Account) -> View:
+    """An account as its operator sees it."""
+    return {
+        "object": "account",
+        "id": str(account.id),
+        "name": account.name,
+        "external_id": account.external_id,
+        "email": account.email,
+        **_money(account),
+        "created_at": time_text(account.created_at),
+    }
+
+
+def credits_view(account: Account) -> View:
+    """What an account has, as its own key sees it."""
+    return {"object": "credits", "account": str(account.id), **_money(account)}
+
+
+def key_view(key: ApiKey) -> View:
+    """A key without its secret. ``models`` null: all of them; ``spend_limit`` null: none."""
+    return {
+        "object": "api_key",
+        "id": key.id,
+        "account": str(key.account_id),
+        "name": key.name,
+        "scopes": sorted(key.scopes),
+        "models": None if key.models is None else sorted(key.models),
+        "profile": key.profile,
+        "affordable_cap": key.affordable_cap,
+        "spend_limit": None if key.spend_limit is None else format_credits(key.spend_limit),
+        "spent": None if key.spend_limit is None else format_credits(key.spent),
+        "created_at": time_text(key.created_at),
+        "expires_at": time_text(key.expires_at),
+        "revoked_at": time_text(key.revoked_at),
+        "rotated_from": key.rotated_from,
+    }
+
+
+def transfer_view(transfer: Transfer, *, internal: bool) -> View:
+    """A transfer as a line of an account's statement: ``amount`` is negative where credits left the account.
+
+    ``internal`` adds what only the operator sees: the other side, who did it and why.
+    """
+    account = str(transfer.account_id)
+    other = transfer.credit if transfer.debit == account else transfer.debit
+    view: View = {
+        "object": "transaction",
+        "id": transaction_id(transfer),
+        "kind": transfer.kind,
+        "amount": format_credits(-transfer.amount if transfer.debit == account else transfer.amount),
+        "balance_after": format_credits(transfer.balance_after),
+        "debt_after": format_credits(transfer.debt_after),
+        "request_id": None if transfer.hold_id is None else str(transfer.hold_id),
+        "reference": transfer.reference,
+        "created_at": time_text(transfer.created_at),
+    }
+    if internal:
+        view |= {"account": account, "other_side": other, "actor": transfer.actor, "reason": transfer.reason}
+    return view
+
+
+def transaction_id(transfer: Transfer) -> str:
+    """``ACCOUNT-VERSION``: unique over all accounts, and in an account's order."""
+    return f"{transfer.account_id}-{transfer.version}"
+
+
+def list_view(data: Sequence[View], *, has_more: bool) -> View:
+    """One page of a list. ``last_id`` is what the next page's ``after`` takes."""
+    ids = [item.get("id") for item in data]
+    return {
+        "object": "list",
+        "data": list(data),
+        "first_id": ids[0] if ids else None,
+        "last_id": ids[-1] if ids else None,
+        "has_more": has_more,
+    }
+
+
+def receipt_view(ended: Ended, rates: Sequence[int] | None, per_request: int) -> View:
+    """Why a request cost what it did. ``rates``: microcredits per million tokens in TOKEN_CLASSES order."""
+    charge = ended.charge or 0
+    settled = ended.charge is not None
+    return {
+        "object": "receipt",
+        "id": str(ended.hold_id),
+        "account": str(ended.account_id),
+        "key_id": ended.key_id,
+        "state": ended.state,
+        "model": ended.model,
+        "variant": ended.variant,
+        "price_version": ended.price_version,
+        "opened_at": time_text(ended.opened_at),
+        "ended_at": time_text(ended.ended_at),
+        "quote": _stored(ended.quote),
+        "held": format_credits(ended.amount),
+        "usage": _usage_view(ended),
+        "prices": _price_rows(ended.usage, rates, per_request),
+        "ending": ended.ending,
+        "answer": _stored(ended.receipt),
+        "charge": format_credits(charge) if settled else None,
+        "released": format_credits(max(0, ended.amount - charge)) if settled else None,
+        "overrun": format_credits(ended.overrun),
+        "reversed": format_credits(ended.reversed),
+    }
+
+
+def tokens_view(usage: Usage) -> View:
+    """Tokens by class."""
+    return dict(zip(TOKEN_CLASSES, usage.as_tuple(), strict=True))
+
+
+def time_text(moment: datetime | None) -> str | None:
+    """RFC 3339 in UTC, to the microsecond."""
+    if moment is None:
+        return None
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def exact_credits(numerator: int, places: int) -> str:
+    """``numerator / 10**places`` in decimal, exact, without trailing zeros."""
+    whole, rest = divmod(numerator, 10**places)
+    return f"{whole}.{rest:0{places}d}".rstrip("0") if rest else str(whole)
+
+
+def _money(account: Account) -> View:
+    return {
+        "balance": format_credits(account.balance),
+        "held": format_credits(account.held),
+        "available": format_credits(account.available),
+        "debt": format_credits(account.debt),
+    }
+
+
+def _usage_view(ended: Ended) -> View | None:
+    if ended.usage is None:
+        return None
+    return {"source": ended.usage_source, "tokens": tokens_view(ended.usage)}
+
+
+def _price_rows(usage: Usage | None, rates: Sequence[int] | None, per_request: int) -> list[View]:
+    """One row for each class that was used: its amounts add up to the charge, which is rounded up once at the end."""
+    if usage is None or rates is None:
+        return []
+    rows = [_row(*row) for row in zip(TOKEN_CLASSES, rates, usage.as_tuple(), strict=True) if row[2]]
+    if per_request:
+        rows.append({"class": "per_request", "amount": format_credits(per_request)})
+    return rows
+
+
+def _row(name: str, rate: int, tokens: int) -> View:
+    # A rate is microcredits per 10**6 tokens: a millionth of a microcredit a token, 10**-12 credits.
+    assert TOKENS_PER_RATE == 1_000_000
+    return {
+        "class": name,
+        "credits_per_1k": exact_credits(rate, 9),
+        "tokens": tokens,
+        "amount": exact_credits(rate * tokens, 12),
+    }
+
+
+def _stored(text: str | None) -> Any:
+    """What the gateway stored as JSON text. The ledger never looked into it, so it may be anything."""
+    if not text:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def page(items: Iterable[View], limit: int) -> View:
+    """A page of at most ``limit`` out of items of which one more than that was asked for."""
+    found = list(items)
+    return list_view(found[:limit], has_more=len(found) > limit)
