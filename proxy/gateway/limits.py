@@ -98,7 +98,6 @@ def check_headers(headers: RawHeaders, limits: LimitsProfile) -> None:
             f"The request's headers are larger than {limits.header_bytes_max} bytes "
             f"({limits.setting('header_bytes_max')}).",
             code="headers_too_large",
-            headers=_CLOSE,
         )
 
 
@@ -110,55 +109,59 @@ async def read_body(receive: Receive, headers: RawHeaders, limits: LimitsProfile
     """
     fields = {name.lower(): value for name, value in headers}
     _refuse_encoded(fields.get(b"content-encoding", b""))
-    too_large = _declared_length(fields.get(b"content-length")) > limits.body_bytes_max
-    chunks: list[bytes] = []
-    if not too_large:
+    declared = _declared_length(fields.get(b"content-length"))
+    arriving = _Arriving(receive)
+    if declared <= limits.body_bytes_max:
         try:
             async with asyncio.timeout(limits.receive_seconds):
-                too_large = not await _collect(receive, chunks, limits.body_bytes_max)
+                body = await arriving.take(limits.body_bytes_max)
         except TimeoutError:
             raise _late(limits) from None
-    if too_large:
-        # A client that asked for a go-ahead has sent no body yet, and the first receive() would tell it to.
-        if fields.get(b"expect", b"").lower() != b"100-continue":
-            await _discard(receive)
-        raise _too_large(limits)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if body is not None:
+            return body
+    # A client that asked for a go-ahead has sent no body yet, and the first receive() would tell it to.
+    if fields.get(b"expect", b"").lower() != b"100-continue":
+        await arriving.discard()
+    raise _too_large(limits)
 
 
-async def _collect(receive: Receive, chunks: list[bytes], bytes_max: int) -> bool:
-    """Append the body to ``chunks``; False as soon as it is above the limit."""
-    size = 0
-    more = True
-    while more:
-        chunk, more = await _next_chunk(receive)
-        size += len(chunk)
-        if size > bytes_max:
-            chunks.clear()
-            return False
-        if chunk:
-            chunks.append(chunk)
-    return True
+class _Arriving:
+    """A body on its way, which knows whether more of it is to come: asking past the end would wait for ever."""
 
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._more = True
 
-async def _discard(receive: Receive) -> None:
-    """Read on and keep nothing, within bounds; it is a courtesy to the client, so running out of them is no error."""
-    size = 0
-    more = True
-    try:
-        async with asyncio.timeout(_DISCARD_SECONDS_MAX):
-            while more and size < _DISCARD_BYTES_MAX:
-                chunk, more = await _next_chunk(receive)
-                size += len(chunk)
-    except TimeoutError:
-        return
+    async def take(self, bytes_max: int) -> bytes | None:
+        """The whole body, or None as soon as it is above ``bytes_max``."""
+        chunks: list[bytes] = []
+        size = 0
+        while self._more:
+            chunk = await self._next()
+            size += len(chunk)
+            if size > bytes_max:
+                return None
+            if chunk:
+                chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    async def discard(self) -> None:
+        """Read on and keep nothing, within bounds; a courtesy to the client, so running out of them is no error."""
+        size = 0
+        try:
+            async with asyncio.timeout(_DISCARD_SECONDS_MAX):
+                while self._more and size < _DISCARD_BYTES_MAX:
+                    size += len(await self._next())
+        except TimeoutError:
+            return
 
-async def _next_chunk(receive: Receive) -> tuple[bytes, bool]:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientLeft
-    return message.get("body", b""), message.get("more_body", False)
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        self._more = message.get("more_body", False)
+        body: bytes = message.get("body", b"")
+        return body
 
 
 def _refuse_encoded(encoding: bytes) -> None:
@@ -167,7 +170,6 @@ def _refuse_encoded(encoding: bytes) -> None:
     raise InvalidRequest(
         "Encoded request bodies are not accepted: send the JSON as it is, without content-encoding.",
         code="content_encoding_unsupported",
-        headers=_CLOSE,
     )
 
 
