@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from proxy.core.keys import Peppers
+
 __all__ = ["Settings", "SettingsError", "load"]
 
 PREFIX = "FAREBOX_"
-PEPPER_BYTES_MIN = 16
 ADMIN_TOKEN_BYTES_MIN = 16
 
 
@@ -106,7 +107,7 @@ class Settings(BaseSettings):
     @classmethod
     def _pepper_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            _peppers(value.get_secret_value())
+            Peppers.parse(value.get_secret_value())
         return value
 
     @field_validator("admin_token")
@@ -116,9 +117,9 @@ class Settings(BaseSettings):
             raise ValueError(f"is too short: at least {ADMIN_TOKEN_BYTES_MIN} bytes")
         return value
 
-    def peppers(self) -> dict[int, bytes]:
-        """The peppers by version; empty where none is set."""
-        return {} if self.key_pepper is None else _peppers(self.key_pepper.get_secret_value())
+    def peppers(self) -> Peppers | None:
+        """The peppers that keys are hashed under; None where none is set."""
+        return None if self.key_pepper is None else Peppers.parse(self.key_pepper.get_secret_value())
 
 
 def load(**options: Any) -> Settings:
@@ -136,16 +137,3 @@ def _line(item: Any) -> str:
     problem = item["msg"].removeprefix("Value error, ")
     secret = field in {"key_pepper", "admin_token"} or "DATABASE_URL" in name
     return f"{name}: {problem}" + ("" if secret or "input" not in item else f" (got {str(item['input'])[:80]!r})")
-
-
-def _peppers(text: str) -> dict[int, bytes]:
-    """``TEXT`` -> version 1; ``1:TEXT,2:TEXT`` -> each under its version."""
-    found: dict[int, bytes] = {}
-    for part in text.split(",") if text.split(":", 1)[0].isdigit() else [f"1:{text}"]:
-        version, _, secret = part.strip().partition(":")
-        if not version.isdigit() or not 0 < int(version) < 32_768 or int(version) in found:
-            raise ValueError("is neither one text nor several as 1:TEXT,2:TEXT with distinct versions")
-        if len(secret.encode()) < PEPPER_BYTES_MIN:
-            raise ValueError(f"is too short: at least {PEPPER_BYTES_MIN} bytes for each version")
-        found[int(version)] = secret.encode()
-    return found
