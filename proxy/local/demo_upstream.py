@@ -243,14 +243,14 @@ def _called_tool(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
     choice, tools = body.get("tool_choice"), body.get("tools")
     if choice in (None, "none", "auto"):
         return None
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
-    functions = [function for function in functions if isinstance(function, dict) and function.get("name")]
+    named = (tool.get("function") for tool in (tools if isinstance(tools, list) else ()) if isinstance(tool, dict))
+    functions: list[dict[str, Any]] = [item for item in named if isinstance(item, dict) and item.get("name")]
     if choice != "required":
         wanted = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
         functions = [function for function in functions if function.get("name") == wanted]
     if not functions:
         raise _Nonsense("'tool_choice' asks for a function that 'tools' doesn't have.", "tool_choice")
-    return dict(functions[0])
+    return functions[0]
 
 
 def _answer_schema(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
