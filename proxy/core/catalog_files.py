@@ -359,7 +359,9 @@ class _Offer:
         declared = self._configured.declared
         if name is not None and declared is not None and name not in declared:
             guess = near_miss(name, sorted(declared))
-            hint = f'did you mean "{guess}"?' if guess else f"there are: {shorten(', '.join(sorted(declared)), 200)}"
+            hint = (
+                f'did you mean "{guess}"?' if guess else f"it has {shorten(', '.join(sorted(declared)) or 'none', 200)}"
+            )
             message = f'{self._upstreams_file} has no upstream "{name}"; {hint}'
             self._problems.add(section.node("upstream"), (*section.path, "upstream"), message)
         return self._configured.upstreams.get(name) if name else None

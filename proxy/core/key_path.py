@@ -4,7 +4,7 @@ import re
 
 __all__ = ["key_path", "shorten"]
 
-_SIMPLE = re.compile(r"[A-Za-z0-9_-]+\Z")
+_SIMPLE = re.compile(r"[A-Za-z0-9_-]{1,60}\Z")
 
 
 def key_path(*keys: str) -> str:

@@ -1,7 +1,7 @@
 """Credits: the unit, and its only ways in from text and out to text.
 
-One credit is 1,000,000 microcredits. Inside Farebox every amount is an ``int`` of microcredits; decimal text exists only
-at the edges (pricing.yaml, the CLI, JSON). No float ever holds money.
+One credit is 1,000,000 microcredits. Inside Farebox every amount is an ``int`` of microcredits; decimal text exists
+only at the edges (pricing.yaml, the CLI, JSON). No float ever holds money.
 """
 
 import re

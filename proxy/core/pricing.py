@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proxy.core.usage import Usage
 
-__all__ = ["TOKENS_PER_RATE", "Bounds", "Price", "affordable_output", "charge", "quote"]
+__all__ = ["TOKENS_PER_RATE", "Bounds", "Price", "affordable_output", "charge", "format_rate", "quote"]
 
 TOKENS_PER_RATE = 1_000_000
 
@@ -65,12 +65,21 @@ def quote(price: Price, bounds: Bounds) -> int:
 
 
 def affordable_output(price: Price, bounds: Bounds, available: int) -> int:
-    """The most output tokens (over all choices, at most ``bounds.output``) whose quote ``available`` microcredits carry; 0 if none."""
+    """The most output tokens, over all choices and up to ``bounds.output``, whose quote ``available`` can carry.
+
+    0 where not one is affordable; whether none is worth sending is the caller's to say.
+    """
     rate = _output_rate(price, bounds)
     left = (available - price.per_request) * TOKENS_PER_RATE - _input_rate(price, bounds) * bounds.input
     if left < 0:
         return 0
     return bounds.output if rate == 0 else min(bounds.output, left // rate)
+
+
+def format_rate(rate: int) -> str:
+    """Decimal credits per 1,000 tokens for a rate, exact: 500_000_000 -> ``"0.5"``."""
+    whole, rest = divmod(rate, 1_000_000_000)
+    return f"{whole}.{rest:09d}".rstrip("0").rstrip(".")
 
 
 def _input_rate(price: Price, bounds: Bounds) -> int:

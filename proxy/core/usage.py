@@ -1,7 +1,7 @@
 """Usage: how many tokens of each class an answer used, and who said so.
 
-The classes are *disjoint*: a cached token is not also an input token. Their order is fixed, since the ledger stores usage
-and rates as arrays in this order.
+The classes are *disjoint*: a cached token is not also an input token. Their order is fixed, since the ledger stores
+usage and rates as arrays in this order.
 """
 
 from dataclasses import dataclass, fields

@@ -167,7 +167,7 @@ def read_yaml(source: str | bytes, problems: Problems) -> Node | None:
 
 def _decode(source: str | bytes, problems: Problems) -> str | None:
     if len(source) > FILE_BYTES_MAX:
-        message = f"the file has {len(source):,} bytes; at most {FILE_BYTES_MAX:,} are read"
+        message = f"the file is larger than {FILE_BYTES_MAX:,} bytes, the most that is read"
         problems.add(None, (), message)
         return None
     text = source if isinstance(source, str) else _utf8(source, problems)
