@@ -1,6 +1,7 @@
 """What goes into the ledger and comes out of it: frozen values, one per SQL function's argument row and result row.
 
-Amounts are microcredits. Expected refusals are *outcomes* with a name, not exceptions.
+Amounts are microcredits. Expected refusals are *outcomes* with a name, not exceptions. What goes in is checked when it
+is made: a value that Postgres could not store never gets into a batch, where it would fail its neighbours.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
 
+from proxy.core.money import AMOUNT_MAX
 from proxy.core.usage import Usage
+from proxy.ledger.errors import InvalidValue
 
 __all__ = [
     "Account",
@@ -20,12 +23,42 @@ __all__ = [
     "FinalizeOutcome",
     "Finalized",
     "Mark",
+    "Release",
     "Released",
     "Reserve",
     "ReserveOutcome",
     "Reserved",
     "Transfer",
+    "check_amount",
+    "check_text",
 ]
+
+# The largest count in a signed 64-bit column.
+_COUNT_MAX = 2**63 - 1
+
+
+def check_text(field: str, text: str | None) -> None:
+    """Raises InvalidValue for text that Postgres can't store: NUL, or half of a surrogate pair."""
+    if text is None:
+        return
+    if "\0" in text:
+        raise InvalidValue(f"{field} contains a NUL character")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidValue(f"{field} contains a lone surrogate at character {error.start}") from error
+
+
+def check_amount(field: str, amount: int, *, least: int = 0) -> None:
+    """Raises InvalidValue for microcredits below ``least`` or above AMOUNT_MAX."""
+    if not least <= amount <= AMOUNT_MAX:
+        raise InvalidValue(f"{field} is {amount} microcredits; expected {least} to {AMOUNT_MAX}")
+
+
+def _check_usage(usage: Usage) -> None:
+    if max(usage.as_tuple()) > _COUNT_MAX:
+        raise InvalidValue(f"a token count is above {_COUNT_MAX}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +126,9 @@ class ReserveOutcome(StrEnum):
     ENDED = "ended"
     """The hold id has already ended (a tombstone, too): nothing is held."""
     UNKNOWN = "unknown"
-    """Account, key or price version unknown."""
+    """Account, key or price (version, model, variant) unknown."""
+    BUSY = "busy"
+    """Somebody else has the account locked and the call was not to wait (any longer): nothing was done, try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +136,7 @@ class Reserve:
     """Hold ``want`` microcredits, or as much as is available down to ``at_least``.
 
     ``quote`` is JSON text for the receipt (bounds, caps); the ledger stores it and never looks into it.
+    Raises InvalidValue unless 0 <= at_least <= want <= AMOUNT_MAX and every text can be stored.
     """
 
     hold_id: UUID
@@ -116,10 +152,21 @@ class Reserve:
     quote: str
     fingerprint: bytes
 
+    def __post_init__(self) -> None:
+        check_amount("want", self.want)
+        check_amount("at_least", self.at_least)
+        if self.at_least > self.want:
+            raise InvalidValue(f"at_least is {self.at_least}, above want, {self.want}")
+        for field in ("key_id", "price_version", "model", "variant", "quote"):
+            check_text(field, getattr(self, field))
+
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """``granted`` is 0 unless GRANTED. Balance, held and debt are the account's after the call (spend_limit_left: the key's)."""
+    """``granted`` is 0 unless GRANTED.
+
+    Balance, held and debt are the account's after the call, spend_limit_left the key's.
+    """
 
     outcome: ReserveOutcome
     granted: int = 0
@@ -140,14 +187,20 @@ class FinalizeOutcome(StrEnum):
     """The hold was released before: nothing is charged."""
     UNKNOWN = "unknown"
     """The account is unknown."""
+    BUSY = "busy"
+    """Somebody else has the account locked: nothing was done, try again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finalize:
     """End a hold with its final charge. Self-contained: it settles even where the reserve was never seen.
 
-    ``charge`` is microcredits; where ``usage_source`` is ``counted`` the ledger never charges above the hold.
-    ``receipt`` is JSON text stored beside it (raw usage, how the answer ended, cap sent). After ``expire`` it is a true-up.
+    ``charge`` is microcredits; where ``usage_source`` is ``counted`` the ledger never charges above the hold (a hold it
+    never saw has no amount to go by: there the charge stands).
+    ``capped`` says why ``charge`` is less than the usage costs (a reported usage far above its bound); None where it
+    isn't: the audit recomputes every charge that has no such reason.
+    ``receipt`` is JSON text stored beside it (raw usage, how the answer ended, cap sent). After ``expire``: a true-up.
+    Raises InvalidValue as Reserve does.
     """
 
     hold_id: UUID
@@ -163,6 +216,13 @@ class Finalize:
     ending: str
     receipt: str
     fingerprint: bytes
+    capped: str | None = None
+
+    def __post_init__(self) -> None:
+        check_amount("charge", self.charge)
+        _check_usage(self.usage)
+        for field in ("key_id", "usage_source", "price_version", "model", "variant", "ending", "receipt", "capped"):
+            check_text(field, getattr(self, field))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +238,20 @@ class Finalized:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """End a hold with no charge. An unknown id becomes a tombstone: its reserve, arriving late, is told ``ended``."""
+
+    hold_id: UUID
+    account_id: UUID
+    worker_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
-    """``released``: microcredits given back by this call; 0 where the hold had ended before or was unknown (now a tombstone)."""
+    """``released``: microcredits given back by this call; 0 where the hold had ended or was unknown (now a tombstone).
+
+    ``state``: the hold's after it; or ``conflict`` (another account's hold), ``unknown`` (no such account), ``busy``.
+    """
 
     released: int
     state: str
@@ -201,6 +273,9 @@ class Mark:
     hold_id: UUID
     usage: Usage
 
+    def __post_init__(self) -> None:
+        _check_usage(self.usage)
+
 
 @dataclass(frozen=True, slots=True)
 class Expired:
@@ -213,7 +288,7 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One append-only row. The customer is ``account_id``; ``debit``/``credit`` name both sides (a system side by its name)."""
+    """One append-only row. The customer is ``account_id``; ``debit`` and ``credit`` name both sides."""
 
     account_id: UUID
     version: int
@@ -232,23 +307,30 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A hold as the receipt shows it. ``charge`` None while open. JSON texts as they were stored."""
+    """A hold as the receipt shows it. ``charge`` None while open. JSON texts as they were stored.
+
+    A tombstone (released or settled before its reserve came) knows only what its end said: the rest is None.
+    ``rates`` (microcredits per million tokens, in TOKEN_CLASSES order) and ``per_request``: what it was charged at.
+    """
 
     hold_id: UUID
     account_id: UUID
-    key_id: str
+    key_id: str | None
     state: str
-    model: str
-    variant: str
-    price_version: str
+    model: str | None
+    variant: str | None
+    price_version: str | None
     amount: int
     charge: int | None
     overrun: int
     reversed: int
     usage: Usage | None
     usage_source: str | None
+    capped: str | None
     ending: str | None
-    quote: str
+    quote: str | None
     receipt: str | None
     opened_at: datetime
     ended_at: datetime | None
+    rates: tuple[int, ...] | None = None
+    per_request: int = 0

@@ -1,0 +1,203 @@
+"""The data plane's ledger: one method for each SQL function that the gateway's role may call."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import chain
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from proxy.ledger.connect import Database, translated
+from proxy.ledger.errors import LedgerUnavailable
+from proxy.ledger.records import (
+    ApiKey,
+    Expired,
+    Extended,
+    Finalize,
+    Finalized,
+    FinalizeOutcome,
+    Mark,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    ReserveOutcome,
+    check_amount,
+    check_text,
+)
+from proxy.ledger.rows import api_key
+
+__all__ = ["HoldLedger"]
+
+# After a restart of Postgres every lease is stale at once: two leases' time for the workers to renew theirs.
+RESTART_GRACE_SECONDS = 60.0
+
+SINGLE_WAIT_MS = 2000
+
+_BATCH = "SELECT * FROM farebox.batch($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)"
+
+
+class HoldLedger:
+    """Holds: reserve, extend, finalize, release, expire; the worker's lease; keys and price versions.
+
+    ``database`` is a connection or a pool that acts as ``Role.GATEWAY``. Every method raises LedgerUnavailable where
+    Postgres can't be asked; what carries an id may then be sent again.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def batch(
+        self,
+        finalizes: Sequence[Finalize],
+        reserves: Sequence[Reserve],
+        releases: Sequence[Release] = (),
+        *,
+        wait_ms: int = 0,
+    ) -> tuple[list[Finalized], list[Reserved], list[Released]]:
+        """Finalizes and releases before reserves, in one transaction and row by row in effect; results as ordered.
+
+        ``wait_ms`` 0: rows of an account that somebody else has locked come back as BUSY, and the others are done: send
+        the busy ones again apart. Otherwise the call waits so long for each lock, and where one isn't to be had, every
+        row is BUSY; so wait with rows of one account only.
+        """
+        rows = [*map(_finalize_row, finalizes), *map(_release_row, releases), *map(_reserve_row, reserves)]
+        if not rows:
+            return [], [], []
+        *columns, sources, capped, endings = map(list, zip(*rows, strict=True))
+        usages = list(chain.from_iterable(f.usage.as_tuple() for f in finalizes))
+        try:
+            with translated():
+                results = await self._database.fetch(_BATCH, *columns, usages, sources, capped, endings, wait_ms)
+        except LedgerUnavailable as error:
+            if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                raise
+            return (
+                [_BUSY_FINALIZED] * len(finalizes),
+                [_BUSY_RESERVED] * len(reserves),
+                [_BUSY_RELEASED] * len(releases),
+            )
+        results.sort(key=_row_number)
+        first, second = len(finalizes), len(finalizes) + len(releases)
+        return (
+            [_finalized(result) for result in results[:first]],
+            [_reserved(result) for result in results[second:]],
+            [_released(result) for result in results[first:second]],
+        )
+
+    async def reserve(self, reserve: Reserve, *, wait_ms: int = SINGLE_WAIT_MS) -> Reserved:
+        """Hold credits."""
+        _, [reserved], _ = await self.batch((), (reserve,), wait_ms=wait_ms)
+        return reserved
+
+    async def finalize(self, finalize: Finalize, *, wait_ms: int = SINGLE_WAIT_MS) -> Finalized:
+        """End a hold with its final charge."""
+        [finalized], _, _ = await self.batch((finalize,), (), wait_ms=wait_ms)
+        return finalized
+
+    async def release(
+        self, hold_id: UUID, account_id: UUID, worker_id: UUID, *, wait_ms: int = SINGLE_WAIT_MS
+    ) -> Released:
+        """End a hold with no charge."""
+        _, _, [released] = await self.batch((), (), (Release(hold_id, account_id, worker_id),), wait_ms=wait_ms)
+        return released
+
+    async def extend(self, hold_id: UUID, account_id: UUID, worker_id: UUID, by: int, at_least: int) -> Extended:
+        """Add ``by`` microcredits to an open hold, or as much as is available down to ``at_least``."""
+        check_amount("by", by)
+        check_amount("at_least", at_least)
+        with translated():
+            row = await self._database.fetchrow(
+                "SELECT * FROM farebox.extend($1, $2, $3, $4, $5)", hold_id, account_id, worker_id, by, at_least
+            )
+        assert row is not None
+        return Extended(row["granted"], row["total"], row["state"])
+
+    async def start_worker(self, worker_id: UUID, hostname: str, release: str) -> bool:
+        """Register this process and begin its lease. False: the id has been used and stopped; take another."""
+        check_text("hostname", hostname)
+        check_text("release", release)
+        query = "SELECT farebox.start_worker($1, $2, $3)"
+        with translated():
+            return bool(await self._database.fetchval(query, worker_id, hostname, release))
+
+    async def stop_worker(self, worker_id: UUID) -> bool:
+        """End the lease at once. False: it had ended."""
+        with translated():
+            return bool(await self._database.fetchval("SELECT farebox.stop_worker($1)", worker_id))
+
+    async def heartbeat(self, worker_id: UUID, marks: Sequence[Mark]) -> bool:
+        """Renew the lease and store progress. False: unknown or stopped, and nothing was stored."""
+        usages = list(chain.from_iterable(mark.usage.as_tuple() for mark in marks))
+        query = "SELECT farebox.heartbeat($1, $2, $3)"
+        with translated():
+            return bool(await self._database.fetchval(query, worker_id, [mark.hold_id for mark in marks], usages))
+
+    async def expire_holds(self, limit: int, *, restart_grace_seconds: float = RESTART_GRACE_SECONDS) -> list[Expired]:
+        """Settle at most ``limit`` open holds of workers that are gone; none while Postgres is younger than that."""
+        query = "SELECT * FROM farebox.expire_holds($1, $2)"
+        with translated():
+            rows = await self._database.fetch(query, limit, timedelta(seconds=restart_grace_seconds))
+        return [Expired(row["hold_id"], row["account_id"], row["charge"]) for row in rows]
+
+    async def find_key(self, key_id: str) -> ApiKey | None:
+        """The key, whatever its state; None if there is none."""
+        check_text("key_id", key_id)
+        with translated():
+            row = await self._database.fetchrow("SELECT * FROM farebox.find_key($1)", key_id)
+        return None if row is None else api_key(row)
+
+    async def put_price_version(self, version: str, body: str) -> bool:
+        """Keep a catalog's body for ever under its SHA-256 (hex). False: it was known."""
+        check_text("body", body)
+        with translated():
+            return bool(await self._database.fetchval("SELECT farebox.put_price_version($1, $2)", version, body))
+
+
+# The columns of farebox.batch, in its order: op, hold, account, worker, key, key's version, amount, at_least, price
+# version, model, variant, note, fingerprint, usage's source, cap, ending.
+
+
+def _reserve_row(r: Reserve) -> tuple[Any, ...]:
+    return (
+        *("reserve", r.hold_id, r.account_id, r.worker_id, r.key_id, r.key_version, r.want, r.at_least),
+        *(r.price_version, r.model, r.variant, r.quote, r.fingerprint, None, None, None),
+    )
+
+
+def _finalize_row(f: Finalize) -> tuple[Any, ...]:
+    return (
+        *("finalize", f.hold_id, f.account_id, f.worker_id, f.key_id, None, f.charge, None),
+        *(f.price_version, f.model, f.variant, f.receipt, f.fingerprint, f.usage_source, f.capped, f.ending),
+    )
+
+
+def _release_row(r: Release) -> tuple[Any, ...]:
+    return ("release", r.hold_id, r.account_id, r.worker_id, *(None,) * 12)
+
+
+_RESERVE_OUTCOMES = {outcome.value: outcome for outcome in ReserveOutcome}
+_FINALIZE_OUTCOMES = {outcome.value: outcome for outcome in FinalizeOutcome}
+_BUSY_RESERVED = Reserved(ReserveOutcome.BUSY)
+_BUSY_FINALIZED = Finalized(FinalizeOutcome.BUSY)
+_BUSY_RELEASED = Released(0, "busy")
+
+
+def _row_number(result: asyncpg.Record) -> int:
+    number: int = result["row_number"]
+    return number
+
+
+def _reserved(result: asyncpg.Record) -> Reserved:
+    _, outcome, amount, _, balance, held, debt, spend_left = result
+    return Reserved(_RESERVE_OUTCOMES[outcome], amount, balance, held, debt, spend_left)
+
+
+def _finalized(result: asyncpg.Record) -> Finalized:
+    _, outcome, amount, overrun, balance, held, debt, _ = result
+    return Finalized(_FINALIZE_OUTCOMES[outcome], amount, overrun, balance, held, debt)
+
+
+def _released(result: asyncpg.Record) -> Released:
+    return Released(result["amount"], result["outcome"])
