@@ -1,0 +1,220 @@
+"""The top-level fields of a chat request that decide its price: their types, their bounds, what they ask for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.core.errors import InvalidRequest
+
+__all__ = [
+    "CAP_KEYS",
+    "OTHER_CAPS",
+    "OUTPUT_CAP_MAX",
+    "Options",
+    "check_types",
+    "read_options",
+    "refuse_unpriceable",
+]
+
+CAP_KEYS = ("max_tokens", "max_completion_tokens")
+# Names that other servers know the same cap by. They can only raise the bound, never lower it.
+OTHER_CAPS = ("max_new_tokens", "max_output_tokens", "n_predict", "num_predict", "max_length")
+OUTPUT_CAP_MAX = 2**31
+MODEL_CHARS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request asks for beside plain text, each of which a provider may charge for in its own way.
+
+    ``web_search``: the field that asks for it, or None. ``hosted_tools``: the types of the tools that run at the
+    provider. ``prediction_bytes``: the size of a predicted output, whose rejected tokens are billed as output.
+    """
+
+    service_tier: str | None = None
+    web_search: str | None = None
+    hosted_tools: tuple[str, ...] = ()
+    audio_out: bool = False
+    store: bool = False
+    reasoning_effort: str | None = None
+    prediction_bytes: int = 0
+
+
+def check_types(fields: Mapping[str, Any], *, choices_max: int, setting: str) -> None:
+    """Refuse wrong types and values out of bounds; null is as good as absent. Raises InvalidRequest."""
+    for name in ("model", "messages"):
+        if fields.get(name) is None:
+            raise InvalidRequest(f"{name!r} is required.", code="missing_required_parameter", param=name)
+    for name, (wanted, fits) in _TYPES.items():
+        value = fields.get(name)
+        if value is not None and not fits(value):
+            raise InvalidRequest(f"{name!r} must be {wanted}.", code="invalid_type", param=name)
+    _check_model(fields["model"])
+    _check_range("n", fields.get("n"), choices_max, f" ({setting})")
+    for name in CAP_KEYS:
+        _check_range(name, fields.get(name), OUTPUT_CAP_MAX, "")
+
+
+def refuse_unpriceable(fields: Mapping[str, Any]) -> None:
+    """Refuse what multiplies the work, or switches the model, behind the price's back. Raises InvalidRequest."""
+    for name, harmless in _UNPRICEABLE.items():
+        if name in fields and not harmless(fields[name]):
+            raise InvalidRequest(
+                f"{name!r} can raise what the provider charges in a way that no price here covers: leave it out.",
+                code="unpriced_option",
+                param=name,
+            )
+
+
+def read_options(fields: Mapping[str, Any]) -> Options:
+    """What the request asks for beside text. The types have been checked."""
+    modalities = fields.get("modalities") or []
+    return Options(
+        service_tier=fields.get("service_tier"),
+        web_search=next((name for name, asks in _WEB_SEARCH.items() if asks(fields.get(name))), None),
+        hosted_tools=(*_hosted(fields.get("tools") or []), *(["plugins"] if fields.get("plugins") else [])),
+        audio_out="audio" in modalities or fields.get("audio") is not None,
+        store=fields.get("store") is True,
+        reasoning_effort=fields.get("reasoning_effort"),
+        prediction_bytes=_text_bytes(fields.get("prediction")),
+    )
+
+
+def _check_model(model: str) -> None:
+    if not 0 < len(model) <= MODEL_CHARS_MAX or not model.isprintable():
+        raise InvalidRequest(
+            f"'model' must be a name of 1 to {MODEL_CHARS_MAX} printable characters.",
+            code="invalid_value",
+            param="model",
+        )
+
+
+def _check_range(name: str, value: int | None, largest: int, setting: str) -> None:
+    if value is not None and not 1 <= value <= largest:
+        raise InvalidRequest(f"{name!r} must be from 1 to {largest}{setting}.", code="invalid_value", param=name)
+
+
+def _hosted(tools: list[dict[str, Any]]) -> list[str]:
+    kinds = [tool.get("type") or ("function" if "function" in tool else "unknown") for tool in tools]
+    return [kind for kind in kinds if kind not in ("function", "custom")]
+
+
+def _text_bytes(value: Any) -> int:
+    """UTF-8 bytes of all strings in a value: more than their tokens, whatever the vocabulary."""
+    size, stack = 0, [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            size += len(item.encode(errors="surrogatepass"))
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+    return size
+
+
+def _boolean(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int
+
+
+def _string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _array(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _tools(value: Any) -> bool:
+    return _objects(value) and all(isinstance(tool.get("type", ""), str) for tool in value)
+
+
+def _stream_options(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("include_usage"), bool | None)
+
+
+def _format(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("type"), str | None)
+
+
+_TYPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("a string", _string),
+    "messages": ("an array of objects", _array),
+    "stream": ("a boolean", _boolean),
+    "stream_options": ("an object whose include_usage is a boolean", _stream_options),
+    "n": ("an integer", _integer),
+    "max_tokens": ("an integer", _integer),
+    "max_completion_tokens": ("an integer", _integer),
+    "store": ("a boolean", _boolean),
+    "service_tier": ("a string", _string),
+    "tools": ("an array of objects whose type is a string", _tools),
+    "functions": ("an array of objects", _objects),
+    "response_format": ("an object whose type is a string", _format),
+    "modalities": ("an array of strings", _strings),
+    "audio": ("an object", _object),
+    "web_search_options": ("an object", _object),
+    "reasoning_effort": ("a string", _string),
+    "prediction": ("an object", _object),
+}
+
+
+def _present(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+# Each provider's own way to ask for a search that it charges for.
+_WEB_SEARCH: Mapping[str, Callable[[Any], bool]] = {
+    "web_search_options": _present,
+    "search_parameters": _present,
+    "search_context_size": _present,
+    "enable_search": _present,
+    "web_search": _present,
+}
+
+
+def _one(value: Any) -> bool:
+    return value is None or (type(value) is int and value == 1)
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value == []
+
+
+def _standard(value: Any) -> bool:
+    return value in (None, "standard")
+
+
+def _text_or_audio(value: Any) -> bool:
+    return value is None or all(item in ("text", "audio") for item in value)
+
+
+_UNPRICEABLE: Mapping[str, Callable[[Any], bool]] = {
+    "best_of": _one,  # several answers are made, one is returned
+    "num_beams": _one,
+    "num_return_sequences": _one,
+    "use_beam_search": _off,
+    "models": _empty,  # a list of other models to fall back to
+    "fallbacks": _empty,
+    "speed": _standard,  # a dearer lane
+    "modalities": _text_or_audio,  # pictures have their own price
+}
