@@ -70,12 +70,16 @@ class CatalogReloader:
         put_price_version: PutPriceVersion,
         *,
         metrics: CatalogMetrics | None = None,
+        adapt: Callable[[Catalog], Catalog] = lambda catalog: catalog,
         poll_seconds: float = 1.0,
         settle_seconds: float = SETTLE_SECONDS,
     ) -> None:
         self._files = _Files(pricing, upstreams)
         self._put = put_price_version
         self._metrics = metrics
+        # What every catalog goes through before it serves; the demo moves all routes to its own upstream. No price may
+        # change by it: the stored body is the files'.
+        self._adapt = adapt
         self._poll_seconds = poll_seconds
         self._settle_seconds = settle_seconds
         self._judged = ""
@@ -98,7 +102,7 @@ class CatalogReloader:
         read = await asyncio.to_thread(self._files.read)
         catalog = await asyncio.to_thread(read.catalog)
         await self._put(catalog.version, catalog.body)
-        self._holder = CatalogHolder(catalog)
+        self._holder = CatalogHolder(self._adapt(catalog))
         self._judged = read.digest
         self._loaded(catalog)
         return self._holder
@@ -145,7 +149,7 @@ class CatalogReloader:
             self._refused(f"the new prices couldn't be stored ({type(error).__name__})", reason=str(error))
             return False
         self._judged = read.digest
-        self.holder.current = catalog
+        self.holder.current = self._adapt(catalog)
         self._loaded(catalog)
         return True
 

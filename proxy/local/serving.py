@@ -103,11 +103,19 @@ class Stop:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers."""
+    """uvicorn's server without its signal handlers; it says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
 
 
 @asynccontextmanager
@@ -124,7 +132,7 @@ async def serving(
         app,
         http=http,
         ws="none",
-        lifespan="auto",
+        lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -137,8 +145,9 @@ async def serving(
         stop.hurry.append(lambda: setattr(server, "force_exit", True))
     task = asyncio.create_task(_serve(server, listener))
     try:
-        while not server.started and not task.done():
-            await asyncio.sleep(0.01)
+        listening = asyncio.create_task(server.listening.wait())
+        await asyncio.wait({task, listening}, return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
         if task.done():
             await task
         yield

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from structlog.testing import capture_logs
 
 from proxy.control import reload
 from proxy.control.reload import CatalogReloader
+from proxy.core.catalog import Catalog
 from proxy.core.yaml_reader import ConfigError
 
 UPSTREAMS = """\
@@ -311,3 +313,24 @@ async def test_an_unforeseen_failure_does_not_end_the_watch(shop: Shop, monkeypa
     assert not shop.reloader.state.ok
     await shop.reloader.check()
     assert shop.reloader.state.ok
+
+
+async def test_what_serves_is_adapted_but_the_stored_prices_are_the_files(shop: Shop) -> None:
+    elsewhere = "http://127.0.0.1:1/v1"
+
+    def adapt(catalog: Catalog) -> Catalog:
+        routes = {
+            model: replace(route, upstream=replace(route.upstream, base_url=elsewhere))
+            for model, route in catalog.routes.items()
+        }
+        return replace(catalog, routes=routes)
+
+    reloader = CatalogReloader(shop.pricing, shop.upstreams, shop.ledger.put, adapt=adapt, settle_seconds=0)
+    plain = await shop.reloader.load()
+    holder = await reloader.load()
+    assert holder.current.route("gpt-4o").upstream.base_url == elsewhere
+    assert holder.current.version == plain.current.version
+    in_place(shop.pricing, pricing("2"))
+    assert await reloader.check()
+    assert holder.current.route("gpt-4o").upstream.base_url == elsewhere
+    assert len(shop.ledger.versions) == 2
