@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from proxy.core.chat import ChatRequest
+from proxy.core.families import UNKNOWN
 from proxy.core.images import ImageRule, image_rule
 from proxy.core.media import Attachment
 
 __all__ = [
     "FAMILIES",
     "OUTPUT_FLOOR",
-    "UNKNOWN",
     "Family",
     "byte_bound",
     "input_bound",
@@ -26,10 +26,10 @@ __all__ = [
     "output_estimate",
 ]
 
-UNKNOWN = "unknown"
-
 # Some providers raise a smaller cap to this.
 OUTPUT_FLOOR = 16
+# No model takes a longer prompt, so no file can cost more.
+_CONTEXT_MAX = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +147,4 @@ _ATTACHMENTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
 
 def _attachment(item: Attachment) -> int:
     unknown, least, bytes_per_token = _ATTACHMENTS[item.kind]
-    return unknown if item.bytes is None else least + item.bytes // bytes_per_token
+    return unknown if item.bytes is None else min(_CONTEXT_MAX, least + item.bytes // bytes_per_token)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
+from proxy.core.catalog import PricedOptions
 from proxy.core.chat_fields import CAP_KEYS, OTHER_CAPS, Options, check_types, read_options, refuse_unpriceable
 from proxy.core.errors import InvalidRequest, TooLarge
 from proxy.core.media import Attachment, Image
@@ -102,6 +103,17 @@ class ChatRequest:
     def audio_out(self) -> bool:
         """Whether the answer may hold audio tokens."""
         return self.options.audio_out
+
+    @property
+    def priced_options(self) -> PricedOptions:
+        """What may need a price of its own, for ``Route.variant_for``."""
+        return PricedOptions(
+            service_tier=self.options.service_tier,
+            web_search=self.options.web_search is not None,
+            hosted_tools=bool(self.options.hosted_tools),
+            audio=self.audio_in or self.audio_out,
+            store=self.options.store,
+        )
 
     def rewritten(
         self,

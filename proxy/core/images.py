@@ -43,14 +43,14 @@ def _patches(factor: float) -> ImageRule:
     return tokens
 
 
-def _area(pixels_per_token: int, longest: int, most: int) -> ImageRule:
-    """By area, after fitting into a square (Claude)."""
+def _area(pixels_per_token: int, longest: int, most: int, least: int = 16) -> ImageRule:
+    """By area, after fitting into a square: ``least`` and a token for so many pixels."""
 
     def tokens(image: Image) -> int:
         if image.width is None or image.height is None:
             return most
         width, height = _fit(image.width, image.height, longest=longest)
-        return min(most, int(width * height / pixels_per_token) + 16)
+        return min(most, int(width * height / pixels_per_token) + least)
 
     return tokens
 
@@ -97,8 +97,8 @@ _BY_FAMILY: dict[str, ImageRule] = {
     "claude-4": _area(750, 1_568, 1_600),
     "claude-5": _area(750, 2_576, 4_800),
     "gemini": _at_most(1_120),
-    "mistral": _at_most(4_400),
+    "mistral": _area(196, 1_540, 4_400, least=100),
     "llama": _at_most(4_096),
     "grok": _at_most(1_792),
-    "qwen": _at_most(16_384),
+    "qwen": _area(600, 4_096, 16_384, least=300),
 }

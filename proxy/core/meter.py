@@ -50,7 +50,6 @@ class Meter:
         self.usage_empty_seen = False
         """A usage object without a single count was seen. It is never a report."""
         self.usage_reports = 0
-        self.finish_reasons: dict[int, str] = {}
         self.done = False
         """The stream's own end mark was seen."""
         self.error: Any = None
@@ -65,6 +64,7 @@ class Meter:
         self.text_chars = 0
         """All text that came, kept or not."""
         self._choices_asked = choices
+        self._finished: dict[int, str] = {}
         self._text_chars_max = text_chars_max
         self._kept_chars = 0
         self._usage_at_end = False
@@ -84,7 +84,7 @@ class Meter:
                     self._observe_choice(choice)
         usage = chunk.get("usage")
         if usage is not None:
-            self._observe_usage(usage, at_end=not choices or bool(self.finish_reasons))
+            self._observe_usage(usage, at_end=not choices or bool(self._finished))
         self._observe_extras(chunk)
 
     def observe_body(self, body: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Meter:
                         read(self, kept, value, delta)
         reason = choice.get("finish_reason")
         if reason is not None:
-            self.finish_reasons[kept.index] = str(reason)[:64]
+            self._finished[kept.index] = str(reason)[:64]
         if choice.get("error"):
             self.error = choice["error"]
 
@@ -186,7 +186,7 @@ class Meter:
         """How the answer ended, were this its end."""
         if self.error is not None:
             return Ending.ERROR
-        finished = self.finish_reasons.keys()
+        finished = self._finished.keys()
         if self.done or (len(finished) >= self._choices_asked and finished >= self._choices.keys()):
             return Ending.COMPLETE
         return Ending.TRUNCATED if self.chunks else Ending.EMPTY
@@ -197,6 +197,11 @@ class Meter:
         if self.usage_raw is None:
             return False
         return (self._usage_at_end and self._usage_chars == self.text_chars) or self.ending is Ending.COMPLETE
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """The finish reasons seen, in the order of the choices' numbers."""
+        return [reason for _, reason in sorted(self._finished.items())]
 
     @property
     def calls(self) -> int:
@@ -213,8 +218,8 @@ class Meter:
         return None if self.usage_raw is None else normalise(self.usage_raw, quirks)
 
     def usage(self, quirks: Quirks) -> Usage | None:
-        """The last report's usage; None where there is none, or where it leaves out the prompt or the completion."""
-        reported = self.reported(quirks)
+        """The whole answer's usage as reported; None where no report covers both sides of all of it."""
+        reported = self.reported(quirks) if self.usage_final else None
         return reported.usage if reported and reported.prompt_known and reported.completion_known else None
 
     def usage_json(self) -> str | None:

@@ -63,8 +63,15 @@ class Dialect(Protocol):
         """The request as this upstream wants it. ``output_cap`` is sent only where it isn't None."""
         ...
 
-    def decoder(self, request: ChatRequest, *, usage_forced: bool) -> Decoder:
-        """A decoder for the answer, streamed or not, whatever the answer's content type claims."""
+    def stream_decoder(self, usage_asked: bool, *, usage_forced: bool = True, choices: int = 1) -> Decoder:
+        """A decoder for an answer that the client wants streamed, whatever the answer's content type claims.
+
+        ``usage_asked``: the client did; ``usage_forced``: it hadn't, but the upstream was asked. ``choices``: n.
+        """
+        ...
+
+    def decode_body(self, body: bytes, *, choices: int = 1) -> Meter:
+        """The meter of a whole answer, which goes to the client as it is."""
         ...
 
     def read_error(self, body: bytes) -> AnswerError | None:

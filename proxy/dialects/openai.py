@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from proxy.core.bounds import FAMILIES, UNKNOWN
+from proxy.core.bounds import FAMILIES
 from proxy.core.catalog import Route
 from proxy.core.chat import ChatRequest
+from proxy.core.families import UNKNOWN
 from proxy.core.meter import Meter
 from proxy.core.spans import read_object, without_members
 from proxy.core.sse import AnswerTooLarge, Piece, Splitter
@@ -51,11 +52,16 @@ class OpenAI:
         headers = {"content-type": "application/json", "accept": accept, "accept-encoding": "identity"}
         return UpstreamRequest(PATH, MappingProxyType(headers), body, include_usage and not request.usage_asked)
 
-    def decoder(self, request: ChatRequest, *, usage_forced: bool) -> "AnswerDecoder":
-        """A decoder for the answer to this request."""
-        return AnswerDecoder(
-            choices=request.choices, usage_asked=request.usage_asked or not request.stream, usage_forced=usage_forced
-        )
+    def stream_decoder(self, usage_asked: bool, *, usage_forced: bool = True, choices: int = 1) -> "AnswerDecoder":
+        """A decoder for an answer that the client wants streamed."""
+        return AnswerDecoder(usage_asked=usage_asked, usage_forced=usage_forced, choices=choices)
+
+    def decode_body(self, body: bytes, *, choices: int = 1) -> Meter:
+        """The meter of a whole answer; also of a stream that came where JSON was asked for."""
+        decoder = AnswerDecoder(usage_asked=True, choices=choices, body_bytes_max=len(body), event_bytes_max=len(body))
+        decoder.feed(body)
+        decoder.finish()
+        return decoder.meter
 
     def read_error(self, body: bytes) -> AnswerError | None:
         """What an error body says, in any of the shapes that providers use; None where it is none of them."""
