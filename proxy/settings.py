@@ -99,6 +99,10 @@ class Settings(BaseSettings):
     drains_max: int = Field(500, ge=0)
     """How many answers are read on at once for clients that left; one more is cut off and charged by count."""
 
+    # `farebox demo` alone.
+    demo_token_seconds: float = Field(0.02, ge=0, le=10)
+    """The time its demo upstream takes for a token."""
+
     # Saying what happens.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"

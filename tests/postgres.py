@@ -7,8 +7,6 @@ means. Databases are copies of a template that is migrated once a run.
 import asyncio
 import concurrent.futures
 import contextlib
-import importlib
-import importlib.util
 import os
 import secrets
 import shutil
@@ -20,12 +18,12 @@ from typing import Any
 
 import asyncpg
 
+from proxy.ledger.migrate import migrate
 from proxy.local.locks import FileLock
 from proxy.local.postgres import APP, OWNER, SUPERUSER, Cluster, ClusterAddress
 from proxy.local.state import StateDirectory
 
 TEMPLATE = "farebox_template"
-GROUP_ROLES = ("farebox_gateway", "farebox_control", "farebox_reader")
 LINGER_SECONDS = 900.0
 SETTINGS = {"max_connections": "300"}
 
@@ -79,11 +77,11 @@ def remove_cluster(run_id: str) -> None:
 def fresh_database(address: ClusterAddress) -> Iterator[Database]:
     """A copy of the template, dropped at the end."""
     name = f"t_{secrets.token_hex(6)}"
-    in_thread(_admin(address, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY OWNER {OWNER}"))
+    in_thread(run_as_superuser(address, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY OWNER {OWNER}"))
     try:
         yield Database(name, address.dsn(OWNER, name), address.dsn(APP, name), address.dsn(SUPERUSER, name))
     finally:
-        in_thread(_admin(address, f"DROP DATABASE {name} WITH (FORCE)"))
+        in_thread(run_as_superuser(address, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 def in_thread(work: Coroutine[Any, Any, None]) -> None:
@@ -92,7 +90,7 @@ def in_thread(work: Coroutine[Any, Any, None]) -> None:
         threads.submit(asyncio.run, work).result()
 
 
-async def _admin(address: ClusterAddress, *statements: str, database: str = "postgres") -> None:
+async def run_as_superuser(address: ClusterAddress, *statements: str, database: str = "postgres") -> None:
     connection = await asyncpg.connect(address.dsn(SUPERUSER, database))
     try:
         for statement in statements:
@@ -109,13 +107,8 @@ async def _make_template(address: ClusterAddress) -> None:
     finally:
         await connection.close()
     unfinished = f"{TEMPLATE}_tmp"
-    await _admin(address, f"DROP DATABASE IF EXISTS {unfinished}", f"CREATE DATABASE {unfinished} OWNER {OWNER}")
-    if importlib.util.find_spec("proxy.ledger.migrate") is not None:
-        await importlib.import_module("proxy.ledger.migrate").migrate(address.dsn(OWNER, unfinished))
-        grant = f"GRANT {', '.join(GROUP_ROLES)} TO {APP}"
-        owner = await asyncpg.connect(address.dsn(OWNER, unfinished))
-        try:
-            await owner.execute(grant)
-        finally:
-            await owner.close()
-    await _admin(address, f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")
+    await run_as_superuser(
+        address, f"DROP DATABASE IF EXISTS {unfinished}", f"CREATE DATABASE {unfinished} OWNER {OWNER}"
+    )
+    await migrate(address.dsn(OWNER, unfinished), grant_to=APP)
+    await run_as_superuser(address, f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")

@@ -33,7 +33,7 @@ from proxy.local.locks import FileLock, Holder
 from proxy.local.processes import is_running, processes_inside
 from proxy.local.state import LocalError, StateDirectory
 
-__all__ = ["Cluster", "ClusterAddress", "HeldBySomeoneElse"]
+__all__ = ["Cluster", "ClusterAddress", "HeldBySomeoneElse", "refuse_if_served"]
 
 SUPERUSER = "farebox_superuser"
 OWNER = "farebox_owner"
@@ -177,7 +177,7 @@ class Cluster:
         self.state.make()
         if not self._users.acquire(shared=True, timeout_seconds=ATTACH_SECONDS_MAX):
             return None
-        holder = self._running_holder()
+        holder = _running_holder(self.state)
         secret = self.state.read_json("database.json")
         if holder is None or not holder.socket_directory or secret is None:
             self._users.close()
@@ -266,22 +266,34 @@ class Cluster:
                 announced = now
             time.sleep(POLL_SECONDS)
 
-    def _running_holder(self) -> Holder | None:
-        """Who holds the owner's lock now. Looking takes a lock for an instant, as flock can't be asked otherwise."""
-        probe = FileLock(self._lock.path)
-        if probe.acquire(shared=True):
-            probe.close()
-            return None
-        return self._lock.holder()
-
     def _held(self) -> HeldBySomeoneElse:
-        holder = self._lock.holder()
-        who = str(holder) if holder else "another process"
-        return HeldBySomeoneElse(
-            f"The data in {self.state.path} are in use by {who}. "
-            "Stop that one first, or set FAREBOX_STATE_DIR to a directory of its own.",
-            holder,
-        )
+        return _held_by(self.state, self._lock.holder())
+
+
+def refuse_if_served(state: StateDirectory) -> None:
+    """Raise HeldBySomeoneElse where another process serves from ``state``: for those who would first find its port
+    taken, and not be told by whom."""
+    state.make()
+    holder = _running_holder(state)
+    if holder is not None and holder.serving and is_running(holder.pid):
+        raise _held_by(state, holder)
+
+
+def _running_holder(state: StateDirectory) -> Holder | None:
+    """Who holds the owner's lock now. Looking takes a lock for an instant, as flock can't be asked otherwise."""
+    probe = FileLock(state.path / "lock")
+    if probe.acquire(shared=True):
+        probe.close()
+        return None
+    return probe.holder()
+
+
+def _held_by(state: StateDirectory, holder: Holder | None) -> HeldBySomeoneElse:
+    return HeldBySomeoneElse(
+        f"The data in {state.path} are in use by {holder or 'another process'}. "
+        "Stop that one first, or set FAREBOX_STATE_DIR to a directory of its own.",
+        holder,
+    )
 
 
 @dataclass(frozen=True, slots=True)
