@@ -1,7 +1,8 @@
 """Logs: one JSON object a line, and never a prompt, a completion or a credential in it.
 
 Two guards. Members that could carry content are dropped by their name, and every text is searched for credentials on
-its last step out, tracebacks included. ``make_logger`` keeps no global state: the logger is handed to who needs it.
+its last step out, tracebacks included. A process calls ``configure`` once, before anything is logged; until then
+nothing guards the loggers that modules get from structlog.
 """
 
 import logging
@@ -16,7 +17,7 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from proxy.core.money import format_credits
 
-__all__ = ["REDACTED", "Redactor", "RequestLine", "capture_stdlib", "log_request", "make_logger"]
+__all__ = ["REDACTED", "Redactor", "RequestLine", "capture_stdlib", "configure", "log_request", "make_logger"]
 
 REDACTED = "[redacted]"
 
@@ -143,15 +144,30 @@ def make_logger(
     redactor: Redactor, *, stream: TextIO | None = None, level: int = logging.INFO, plain: bool = False
 ) -> FilteringBoundLogger:
     """A logger that writes to ``stream`` (standard error by default). ``plain`` writes aligned text for a person."""
-    renderer: Any = structlog.dev.ConsoleRenderer(colors=False) if plain else structlog.processors.JSONRenderer()
     logger: FilteringBoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(stream or sys.stderr),
-        processors=[*_steps(redactor), renderer],
+        processors=[*_steps(redactor), _renderer(plain=plain)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
         cache_logger_on_first_use=True,
     )
     return logger
+
+
+def configure(
+    redactor: Redactor, *, stream: TextIO | None = None, level: int = logging.INFO, plain: bool = False
+) -> FilteringBoundLogger:
+    """Make every logger of this process, structlog's and the standard library's, write as ``make_logger``'s does."""
+    structlog.configure(
+        processors=[*_steps(redactor), _renderer(plain=plain)],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        context_class=dict,
+        logger_factory=structlog.WriteLoggerFactory(stream or sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    log = make_logger(redactor, stream=stream, level=level, plain=plain)
+    capture_stdlib(log, level=level)
+    return log
 
 
 def capture_stdlib(log: FilteringBoundLogger, *, names: Iterable[str] = ("",), level: int = logging.INFO) -> None:
@@ -175,6 +191,10 @@ class _Forward(logging.Handler):
             self._log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
         except Exception:  # noqa: BLE001 - as every logging.Handler does: a log line must not end a request
             self.handleError(record)
+
+
+def _renderer(*, plain: bool) -> Any:
+    return structlog.dev.ConsoleRenderer(colors=False) if plain else structlog.processors.JSONRenderer()
 
 
 def _steps(redactor: Redactor) -> list[Any]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 
-from proxy.logs import REDACTED, Redactor, RequestLine, capture_stdlib, log_request, make_logger
+from proxy.logs import REDACTED, Redactor, RequestLine, capture_stdlib, configure, log_request, make_logger
 
 ADMIN_TOKEN = "canary-admin-token-0123456789abcdef"
 CANARIES = (
@@ -132,4 +133,25 @@ def test_the_standard_library_s_loggers_are_redacted_too(sink: Sink, stdlib_name
     (event,) = sink.events()
     assert event["logger"] == stdlib_name
     assert event["level"] == "error"
+    assert clean(sink.getvalue())
+
+
+@pytest.fixture
+def clean_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers, root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers, root.level = before
+
+
+@pytest.mark.usefixtures("clean_logging")
+def test_once_configured_every_module_s_logger_is_guarded(sink: Sink) -> None:
+    early = structlog.get_logger("farebox.some.module")
+    configure(Redactor([ADMIN_TOKEN]), stream=sink, level=logging.WARNING)
+    early.info("too quiet")
+    early.warning(ADMIN_TOKEN, messages=["canary"])
+    structlog.get_logger().error("postgres://u:CanaryPass@h/db")
+    logging.getLogger("uvicorn.error").error("Bearer CanaryToken")
+    assert len(sink.events()) == 3
     assert clean(sink.getvalue())

@@ -1,0 +1,39 @@
+"""The command `farebox`: one file a group of commands. Output, errors and exit codes: ``output.py``."""
+
+import sys
+
+import typer
+
+from proxy.cli import accounts, book, credits, keys, pricing
+from proxy.cli.migrate import migrate
+from proxy.cli.serve import serve
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="farebox",
+    help="A metering reverse proxy for OpenAI-compatible APIs, paid for with prepaid credits.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain text: what is printed is read by scripts and in logs, too.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(migrate)
+app.add_typer(accounts.app, name="accounts")
+app.add_typer(keys.app, name="keys")
+app.add_typer(credits.app, name="credits")
+app.command()(book.transactions)
+app.add_typer(book.receipts, name="receipts")
+app.add_typer(pricing.app, name="pricing")
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        app()
+    except BrokenPipeError:
+        # Whoever read the output has read enough.
+        sys.stderr.close()
+        sys.exit(1)

@@ -15,7 +15,16 @@ from starlette.requests import Request
 from proxy.core.errors import InvalidRequest, TooLarge
 from proxy.core.money import MoneyError, parse_credits
 
-__all__ = ["BODY_BYTES_MAX", "Fields", "clean_text", "parse_uuid", "query_fields", "read_fields", "storable"]
+__all__ = [
+    "BODY_BYTES_MAX",
+    "Fields",
+    "check_plain",
+    "clean_text",
+    "parse_uuid",
+    "query_fields",
+    "read_fields",
+    "storable",
+]
 
 BODY_BYTES_MAX = 64 * 1024
 TEXT_CHARS_MAX = 200
@@ -50,10 +59,7 @@ class Fields:
             return None
         if not isinstance(value, str):
             self.refuse(name, "must be a string")
-        if not 1 <= len(value) <= chars_max:
-            self.refuse(name, f"must have 1 to {chars_max} characters, not {len(value)}")
-        if not clean_text(value):
-            self.refuse(name, "must not contain control characters or lone surrogates")
+        check_plain(name, value, chars_max=chars_max)
         return value
 
     def required_text(self, name: str, *, chars_max: int = TEXT_CHARS_MAX) -> str:
@@ -77,6 +83,12 @@ class Fields:
             self.refuse(name, f"is wrong: {error}")
         if amount == 0 and not zero:
             self.refuse(name, "must be above 0")
+        return amount
+
+    def required_amount(self, name: str) -> int:
+        """As ``amount``, and it has to be there."""
+        amount = self.amount(name, required=True)
+        assert amount is not None
         return amount
 
     def flag(self, name: str) -> bool | None:
@@ -194,6 +206,19 @@ def query_fields(request: Request) -> Fields:
         if count > 1:
             raise InvalidRequest(f"{storable(name)[:60]} is given twice.", code="invalid_value", param=name[:60])
     return Fields(dict(pairs[:100]))
+
+
+def check_plain(name: str, text: str | None, *, chars_max: int = TEXT_CHARS_MAX) -> None:
+    """Raises InvalidRequest unless the text has 1 to ``chars_max`` characters and ``clean_text`` holds. None passes."""
+    if text is None:
+        return
+    problem = None
+    if not 1 <= len(text) <= chars_max:
+        problem = f"must have 1 to {chars_max} characters, not {len(text)}"
+    elif not clean_text(text):
+        problem = "must not contain control characters or lone surrogates"
+    if problem is not None:
+        raise InvalidRequest(f"{name} {problem}.", code="invalid_value", param=name)
 
 
 def clean_text(text: str) -> bool:

@@ -110,8 +110,8 @@ def list_view(data: Sequence[View], *, has_more: bool) -> View:
     }
 
 
-def receipt_view(ended: Ended, rates: Sequence[int] | None, per_request: int) -> View:
-    """Why a request cost what it did. ``rates``: microcredits per million tokens in TOKEN_CLASSES order."""
+def receipt_view(ended: Ended) -> View:
+    """Why a request cost what it did."""
     charge = ended.charge or 0
     settled = ended.charge is not None
     return {
@@ -128,7 +128,8 @@ def receipt_view(ended: Ended, rates: Sequence[int] | None, per_request: int) ->
         "quote": _stored(ended.quote),
         "held": format_credits(ended.amount),
         "usage": _usage_view(ended),
-        "prices": _price_rows(ended.usage, rates, per_request),
+        "prices": _price_rows(ended),
+        "capped": ended.capped,
         "ending": ended.ending,
         "answer": _stored(ended.receipt),
         "charge": format_credits(charge) if settled else None,
@@ -171,13 +172,13 @@ def _usage_view(ended: Ended) -> View | None:
     return {"source": ended.usage_source, "tokens": tokens_view(ended.usage)}
 
 
-def _price_rows(usage: Usage | None, rates: Sequence[int] | None, per_request: int) -> list[View]:
-    """One row for each class that was used: its amounts add up to the charge, which is rounded up once at the end."""
-    if usage is None or rates is None:
+def _price_rows(ended: Ended) -> list[View]:
+    """One row for each class that was used: the amounts add up to the charge, rounded up once, unless it was capped."""
+    if ended.usage is None or ended.rates is None:
         return []
-    rows = [_row(*row) for row in zip(TOKEN_CLASSES, rates, usage.as_tuple(), strict=True) if row[2]]
-    if per_request:
-        rows.append({"class": "per_request", "amount": format_credits(per_request)})
+    rows = [_row(*row) for row in zip(TOKEN_CLASSES, ended.rates, ended.usage.as_tuple(), strict=True) if row[2]]
+    if ended.per_request:
+        rows.append({"class": "per_request", "amount": format_credits(ended.per_request)})
     return rows
 
 
@@ -206,3 +207,5 @@ def page(items: Iterable[View], limit: int) -> View:
     """A page of at most ``limit`` out of items of which one more than that was asked for."""
     found = list(items)
     return list_view(found[:limit], has_more=len(found) > limit)
+
+    return {}

@@ -8,6 +8,7 @@
       Forbidden            403   the key lacks a scope or the model is not on its list
       NotFound             404   unknown path, model or receipt
       MethodNotAllowed     405   the path exists, the method doesn't
+      Conflict             409   (admin API) the id or reference stands for something else already
       TooLarge             413   body above the limit
       TooManyRequests      429   a limit of the key
       UpstreamError        502   the upstream refused us or can't be reached: not the client's fault
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 __all__ = [
+    "Conflict",
     "CreditsHeld",
     "Forbidden",
     "InvalidRequest",
@@ -113,6 +115,13 @@ class NotFound(Refusal):
 class MethodNotAllowed(Refusal):
     status = 405
     type = "invalid_request_error"
+
+
+class Conflict(Refusal):
+    status = 409
+    type = "invalid_request_error"
+    # SDKs retry a 409 unless they are told not to, and this one is final.
+    retry = False
 
 
 class TooLarge(Refusal):

@@ -1,0 +1,91 @@
+"""`farebox serve`: the proxy, in this process, until it is told to stop."""
+
+import asyncio
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+
+from proxy.app import create_app
+from proxy.cli.arguments import AsJson, DatabaseUrl
+from proxy.cli.output import CommandFailed, reporting
+from proxy.cli.session import Access, database_access
+from proxy.control.reload import read_catalog
+from proxy.core.yaml_reader import ConfigError
+from proxy.ledger.connect import Role, connect
+from proxy.ledger.migrate import schema_state
+from proxy.local.serving import Stop, base_url, listen, serving
+from proxy.logs import Redactor, configure
+from proxy.settings import Settings, load
+
+__all__ = ["configure_logs", "serve"]
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="The address to listen on, as FAREBOX_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="The port, as FAREBOX_PORT; 0: any.")] = None,
+    pricing: Annotated[Path | None, typer.Option(help="What is sold, as FAREBOX_PRICING.")] = None,
+    upstreams: Annotated[Path | None, typer.Option(help="The providers, as FAREBOX_UPSTREAMS.")] = None,
+    as_json: AsJson = False,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Serve the proxy until SIGTERM or Ctrl-C. Logs go to standard error, one JSON object a line."""
+    with reporting(as_json=as_json):
+        settings = load(host=host, port=port, pricing=pricing, upstreams=upstreams, database_url=database_url)
+        _require_usable(settings)
+        # Before the database is started, so that a busy port is found out at once.
+        listener = listen(settings.host, settings.port)
+        try:
+            with database_access(settings, purpose="farebox serve", serving=True) as access:
+                configure_logs(access.settings)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(_serve(access, listener, as_json=as_json))
+        finally:
+            listener.close()
+
+
+def configure_logs(settings: Settings) -> None:
+    """This process's logs, as the settings say, guarded against every secret that is in them."""
+    secrets = [
+        secret.get_secret_value() for secret in (settings.key_pepper, settings.admin_token) if secret is not None
+    ]
+    configure(
+        Redactor([*secrets, settings.database_url or ""]),
+        level=logging.getLevelNamesMapping()[settings.log_level.upper()],
+        plain=settings.log_format == "console",
+    )
+    # A line a connection says nothing that the request's own line doesn't.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+async def _serve(access: Access, listener: socket.socket, *, as_json: bool) -> None:
+    connection = await connect(access.login, Role.GATEWAY)
+    try:
+        (await schema_state(connection)).require()
+    finally:
+        await connection.close()
+    stop = Stop()
+    seconds = access.settings.shutdown_seconds
+    with stop.on_signals():
+        async with serving(create_app(access.settings), listener, shutdown_seconds=seconds, stop=stop):
+            url = base_url(listener)
+            typer.echo(json.dumps({"ready": True, "base_url": url}) if as_json else f"Farebox is ready: base_url {url}")
+            await stop.wait()
+
+
+def _require_usable(settings: Settings) -> None:
+    """Refuse at once, in one line a problem, what the app would only find out after everything else is up."""
+    if settings.database_url is not None and settings.key_pepper is None:
+        raise CommandFailed(
+            "FAREBOX_KEY_PEPPER is not set. It is required with a database of your own: give every process of this "
+            "installation the same, as `openssl rand -hex 32` prints it.",
+            code="settings",
+        )
+    try:
+        read_catalog(settings.pricing, settings.upstreams)
+    except ConfigError as error:
+        raise CommandFailed(str(error), code="pricing") from None

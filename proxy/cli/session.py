@@ -1,0 +1,99 @@
+"""Where a command's database is, and the objects that work on it.
+
+``--database-url`` or DATABASE_URL names one. Without either it is the embedded PostgreSQL in the state directory: the
+one that runs already, or one started for as long as the command takes; it alone is migrated without being asked.
+"""
+
+import asyncio
+import os
+import pwd
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import SecretStr
+
+from proxy.control.operations import Operations
+from proxy.ledger.connect import Role, connect, create_pool
+from proxy.ledger.control import ControlLedger
+from proxy.ledger.migrate import migrate, schema_state
+from proxy.local.postgres import APP, Cluster
+from proxy.local.state import StateDirectory
+from proxy.settings import Settings, load
+
+__all__ = ["Access", "actor", "database_access", "operate"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """A database that can be asked, and what its keys are hashed under (None: not set). The DSNs hold passwords."""
+
+    owner: str = field(repr=False)
+    """Owns the schema. With DATABASE_URL it is the same as ``login``, and may turn out not to be the owner."""
+    login: str = field(repr=False)
+    settings: Settings
+    """With the database and the pepper in them, wherever these came from."""
+    embedded: bool
+
+
+@contextmanager
+def database_access(
+    settings: Settings, *, purpose: str, serving: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Iterator[Access]:
+    """The database that the settings mean, running for as long as this lasts. Raises LocalError, LedgerError.
+
+    ``serving``: this process stays, and runs the embedded database itself rather than use one that another runs.
+    """
+    if settings.database_url is not None:
+        url = settings.database_url
+        yield Access(owner=url, login=url, settings=settings, embedded=False)
+        return
+    state = StateDirectory(settings.state_dir)
+    cluster = Cluster(state, purpose=purpose, serving=serving, progress=progress)
+    address = cluster.start() if serving else cluster.open()
+    try:
+        asyncio.run(migrate(address.owner, grant_to=APP))
+        pepper = settings.key_pepper or SecretStr(state.pepper())
+        own = settings.model_copy(update={"database_url": address.app, "key_pepper": pepper})
+        yield Access(owner=address.owner, login=address.app, settings=own, embedded=True)
+    finally:
+        cluster.close()
+
+
+def operate(work: Callable[[Operations], Awaitable[Result]], database_url: str | None, *, purpose: str) -> Result:
+    """Run one of the operator's functions. ``purpose`` is what others are told who wait for the embedded database.
+
+    Raises refusals, LedgerError, LocalError and SettingsError.
+    """
+    with database_access(load(database_url=database_url), purpose=purpose) as access:
+        return asyncio.run(_operate(work, access))
+
+
+def actor() -> str:
+    """Who is at the keyboard, for the book: the login name of this process's user."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = str(os.getuid())
+    return f"cli:{name}"
+
+
+async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Access) -> Result:
+    await _require_schema(access.login, Role.CONTROL)
+    pool = await create_pool(access.login, Role.CONTROL, size=1)
+    try:
+        return await work(Operations(ControlLedger(pool), access.settings.peppers()))
+    finally:
+        await pool.close()
+
+
+async def _require_schema(dsn: str, role: Role | None) -> None:
+    """Raises SchemaMismatch, which says what to run."""
+    connection = await connect(dsn, role)
+    try:
+        (await schema_state(connection)).require()
+    finally:
+        await connection.close()
