@@ -74,7 +74,7 @@ async def _serve(access: Access, listener: socket.socket, *, as_json: bool) -> N
         async with serving(create_app(access.settings), listener, shutdown_seconds=seconds, stop=stop):
             url = base_url(listener)
             typer.echo(json.dumps({"ready": True, "base_url": url}) if as_json else f"Farebox is ready: base_url {url}")
-            await stop.wait()
+            await stop.wait(access.failed)
 
 
 def _require_usable(settings: Settings) -> None:

@@ -37,6 +37,8 @@ class Access:
     settings: Settings
     """With the database and the pepper in them, wherever these came from."""
     embedded: bool
+    failed: Callable[[], str | None] = lambda: None
+    """Why the database is gone, for whoever stays: the embedded one may end by itself."""
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def database_access(
     """
     if settings.database_url is not None:
         url = settings.database_url
-        yield Access(owner=url, login=url, settings=settings, embedded=False)
+        yield Access(url, url, settings, embedded=False)
         return
     state = StateDirectory(settings.state_dir)
     cluster = Cluster(state, purpose=purpose, serving=serving, progress=progress)
@@ -58,7 +60,7 @@ def database_access(
         asyncio.run(migrate(address.owner, grant_to=APP))
         pepper = settings.key_pepper or SecretStr(state.pepper())
         own = settings.model_copy(update={"database_url": address.app, "key_pepper": pepper})
-        yield Access(owner=address.owner, login=address.app, settings=own, embedded=True)
+        yield Access(address.owner, address.app, own, embedded=True, failed=lambda: _failure(cluster))
     finally:
         cluster.close()
 
@@ -79,6 +81,10 @@ def actor() -> str:
     except KeyError:
         name = str(os.getuid())
     return f"cli:{name}"
+
+
+def _failure(cluster: Cluster) -> str | None:
+    return f"The embedded PostgreSQL ended by itself; its log is {cluster.log}." if cluster.stopped() else None
 
 
 async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Access) -> Result:
