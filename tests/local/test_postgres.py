@@ -16,7 +16,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from proxy.local import postgres
+from proxy.local import place, postgres
 from proxy.local.binaries import ROOT_STORE, Identity, find_binaries
 from proxy.local.locks import FileLock
 from proxy.local.postgres import Cluster, HeldBySomeoneElse
@@ -211,7 +211,7 @@ def test_attaching_to_nothing_is_none(state: Path) -> None:
 
 def test_an_attempt_that_was_cut_off_leaves_no_half_made_database(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(postgres, "_roles", lambda place: "CREATE ROLE broken\nthis is no SQL\n")
+        patch.setattr(place, "_roles", lambda place: "CREATE ROLE broken\nthis is no SQL\n")
         with pytest.raises(LocalError, match="syntax error"):
             cluster(state).open()
     assert not (state / "postgres/data").exists()
@@ -264,7 +264,7 @@ def test_a_socket_directory_that_somebody_else_prepared_is_refused(state: Path, 
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     with pytest.raises(LocalError, match="isn't ours"):
-        postgres._make_private_among_strangers(open_to_all, Identity())
+        place._make_private_among_strangers(open_to_all, Identity())
 
 
 def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_called_by_its_name() -> None:
-    assert "make room" in postgres._hint("initdb: could not write file: No space left on device")
+    assert "make room" in place.explained("initdb: could not write file: No space left on device")
 
 
 @as_root
