@@ -1,0 +1,97 @@
+"""The server's side of a slow client: uvicorn's HTTP protocol with a deadline and a size for the request's head.
+
+uvicorn waits for ever for a request's first byte and for its headers' last one, and holds headers of any size: the app,
+and with it ``limits.py``, is called only when they are complete. Here a connection on which the client owes something
+(its next request's head, or the rest of a body that was answered early) is closed after ``receive_seconds``, however
+busily it trickles. While a request is being served, the time is the app's: a body on its way is ``read_body``'s matter.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from proxy.gateway.limits import LimitsProfile
+
+__all__ = ["GuardedProtocol", "guarded_protocol"]
+
+# The request line is no header, and a head that arrives in one piece is refused by the app, with a better answer.
+_REQUEST_LINE_BYTES_MAX = 16 * 1024
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. ``limits``: ``receive_seconds`` and ``header_bytes_max`` are the ones kept here."""
+
+    def __init__(
+        self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, limits: LimitsProfile
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._limits = limits
+        self._deadline: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_head = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._in_head:
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > self._limits.header_bytes_max + _REQUEST_LINE_BYTES_MAX:
+            self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._expect_nothing()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # With a pipelined request already begun, ``cycle`` is that one, and the client owes nothing.
+        if self.cycle.response_complete:
+            self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        if self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self._limits.receive_seconds, self._give_up)
+
+    def _expect_nothing(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        self.transport.close()
+
+    def _refuse_head(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.send_400_response(f"The request's headers are larger than {self._limits.header_bytes_max} bytes.")
+        else:
+            # An earlier request's answer is on its way, and may not be mixed with this refusal.
+            self.transport.close()
+
+
+def guarded_protocol(limits: LimitsProfile) -> "Callable[..., GuardedProtocol]":
+    """What ``uvicorn.Config(http=...)`` takes: makes a ``GuardedProtocol`` of these limits for each connection."""
+
+    def make(config: Config, server_state: ServerState, app_state: dict[str, Any], **_: Any) -> GuardedProtocol:
+        return GuardedProtocol(config, server_state, app_state, limits=limits)
+
+    return make

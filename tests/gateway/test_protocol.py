@@ -1,0 +1,229 @@
+"""gateway/protocol.py and gateway/limits.py behind a real server and real sockets: what trickles in is cut off."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import uvicorn
+
+from proxy.core.errors import Refusal
+from proxy.gateway.front import send_json
+from proxy.gateway.limits import DEFAULT, ClientLeft, LimitsProfile, check_headers, read_body
+from proxy.gateway.protocol import guarded_protocol
+
+LIMITS = replace(DEFAULT, receive_seconds=0.4, header_bytes_max=4096, body_bytes_max=100_000)
+REQUEST = b"POST / HTTP/1.1\r\nhost: test\r\n"
+
+
+class Echo:
+    """An app that receives a body under the limits and answers with its length; ``slow`` answers after a while."""
+
+    def __init__(self, limits: LimitsProfile) -> None:
+        self.limits = limits
+        self.left = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        try:
+            check_headers(scope["headers"], self.limits)
+            if scope["path"] == "/early":
+                await send_json(send, 200, {"early": True}, [])
+                return
+            body = await read_body(receive, scope["headers"], self.limits)
+            if scope["path"] == "/slow":
+                await asyncio.sleep(2 * self.limits.receive_seconds)
+            await send_json(send, 200, {"length": len(body)}, [])
+        except Refusal as refusal:
+            headers = [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
+            await send_json(send, refusal.status, refusal.body(), headers)
+        except ClientLeft:
+            self.left += 1
+
+
+@asynccontextmanager
+async def serving(app: Echo) -> AsyncIterator[int]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app,
+        http=guarded_protocol(app.limits),  # type: ignore[arg-type]
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+    serving_task = asyncio.create_task(server.serve([listener]))
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving_task
+        listener.close()
+
+
+class Connection:
+    """A raw client."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def rest(self) -> bytes:
+        """All that comes until the server closes."""
+        try:
+            return await asyncio.wait_for(self.reader.read(-1), 30)
+        except ConnectionError:
+            return b""
+
+    async def answer(self) -> bytes:
+        """One answer's body."""
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 30)
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        return await self.reader.readexactly(length)
+
+    async def trickle(self, data: bytes, pause_seconds: float = 0.02) -> bool:
+        """Send byte by byte; True if the server hung up before the end."""
+        try:
+            for at in range(len(data)):
+                await self.send(data[at : at + 1])
+                await asyncio.sleep(pause_seconds)
+                if self.reader.at_eof():
+                    return True
+        except ConnectionError:
+            return True
+        return False
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[Connection]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield Connection(reader, writer)
+    finally:
+        writer.close()
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    async with serving(Echo(LIMITS)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("start", [b"", b"\r\n", b"P", b"POST / HT", REQUEST, REQUEST + b"x-name: val"])
+async def test_a_connection_that_sends_no_whole_head_is_closed(port: int, start: bytes) -> None:
+    async with connected(port) as client:
+        before = time.monotonic()
+        await client.send(start)
+
+        assert await client.rest() == b""
+        assert time.monotonic() - before > 0.3
+
+
+async def test_a_head_that_trickles_is_cut_off(port: int) -> None:
+    async with connected(port) as client:
+        assert await client.trickle(REQUEST + b"x-padding: " + b"x" * 1000)
+
+
+async def test_empty_lines_between_requests_do_not_keep_a_connection_alive(port: int) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST + b"content-length: 0\r\n\r\n")
+        assert await client.answer() == b'{"length": 0}'
+
+        assert await client.trickle(b"\r\n" * 1000)
+
+
+async def test_a_body_that_trickles_is_refused_and_cut_off(port: int) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST + b"content-length: 1000\r\n\r\n")
+        answer, hung_up = await asyncio.gather(client.answer(), client.trickle(b"x" * 1000), return_exceptions=True)
+
+    assert hung_up is True
+    # A client that goes on writing to a closed connection may lose what was said to it before.
+    assert not isinstance(answer, bytes) or b"request_too_slow" in answer
+
+
+async def test_a_body_that_trickles_on_after_its_answer_is_cut_off(port: int) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST.replace(b"/ ", b"/early ") + b"content-length: 1000\r\n\r\n")
+        assert await client.answer() == b'{"early": true}'
+
+        assert await client.trickle(b"x" * 1000)
+
+
+async def test_an_endless_header_is_cut_off_by_size(port: int) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST + b"x-padding: ")
+        sent = 0
+        try:
+            while not client.reader.at_eof() and sent < 10_000_000:
+                await client.send(b"x" * 1000)
+                sent += 1000
+                await asyncio.sleep(0)
+        except ConnectionError:
+            pass
+        assert sent < 1_000_000
+
+
+async def test_headers_above_the_limit_in_one_piece_are_a_readable_400(port: int) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST + b"x-padding: " + b"x" * 5000 + b"\r\ncontent-length: 0\r\n\r\n")
+        assert b"headers_too_large" in await client.answer()
+
+
+async def test_a_slow_answer_is_not_the_clients_fault(port: int) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST.replace(b"/ ", b"/slow ") + b"content-length: 3\r\n\r\nabc")
+        assert await client.answer() == b'{"length": 3}'
+
+
+async def test_requests_follow_one_another_on_a_connection(port: int) -> None:
+    async with connected(port) as client:
+        for _ in range(3):
+            await client.send(REQUEST + b"content-length: 3\r\n\r\nabc")
+            assert await client.answer() == b'{"length": 3}'
+            await asyncio.sleep(0.2)
+
+
+async def test_a_pipelined_request_waits_for_its_turn_and_is_served(port: int) -> None:
+    slow = REQUEST.replace(b"/ ", b"/slow ") + b"content-length: 3\r\n\r\nabc"
+    async with connected(port) as client:
+        await client.send(slow + slow + REQUEST + b"content-length: 1\r\n\r\nx")
+        assert [await client.answer() for _ in range(3)] == [b'{"length": 3}', b'{"length": 3}', b'{"length": 1}']
+        # And then the connection is watched again.
+        assert await client.rest() == b""
+
+
+@pytest.mark.parametrize("size", [100_001, 1_000_000, 8_000_000])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_above_the_limit_is_a_413_that_arrives(port: int, size: int, chunked: bool) -> None:
+    """The client sends all of it before it reads: the answer must survive that."""
+    async with connected(port) as client:
+        if chunked:
+            await client.send(REQUEST + b"transfer-encoding: chunked\r\n\r\n")
+            await client.send(b"%x\r\n" % size + b"x" * size + b"\r\n0\r\n\r\n")
+        else:
+            await client.send(REQUEST + b"content-length: %d\r\n\r\n" % size + b"x" * size)
+        answer = await client.rest()
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"request_too_large" in answer
+
+
+async def test_a_client_that_leaves_mid_body_is_noticed() -> None:
+    app = Echo(LIMITS)
+    async with serving(app) as port:
+        async with connected(port) as client:
+            await client.send(REQUEST + b"content-length: 1000\r\n\r\nabc")
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
+        assert app.left == 1
