@@ -196,10 +196,12 @@ def _base_url(section: Section) -> str | None:
 
 
 def _is_host(host: str) -> bool:
-    if not (host.startswith("[") or re.fullmatch(r"[0-9.]+", host)):
-        return True
+    """Whether a host that looks like an IP address is one."""
     try:
-        ipaddress.ip_address(host.strip("[]"))
+        if host.startswith("["):
+            ipaddress.IPv6Address(host.strip("[]"))
+        elif re.fullmatch(r"[0-9.]+", host):
+            ipaddress.IPv4Address(host)
     except ValueError:
         return False
     return True
