@@ -195,6 +195,9 @@ def _route_facts(route: Route | None, beside: Route | None) -> dict[str, _Fact]:
             fee = variant.price.per_request - route.standard.price.per_request
             facts[f"{tool}.per_request"] = _Fact(fee, _PER_REQUEST)
             facts[f"{tool}.input_tokens"] = _Fact(variant.extra_input_tokens, "tokens")
+    if route.cost is not None:
+        costs = _price_facts(route.cost, beside.cost if beside else None)
+        facts |= {f"cost.{key}": fact for key, fact in costs.items()}
     return facts
 
 

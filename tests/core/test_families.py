@@ -16,10 +16,16 @@ from proxy.core.families import FAMILIES, UNKNOWN, family_of
         ("claude-4", "claude-3-5-sonnet-20241022 claude-3-haiku-20240307 claude-2.1 claude-instant-v1"),
         ("claude-4", "claude-sonnet-4-20250514 claude-opus-4-1-20250805 claude-opus-4-6 anthropic/claude-haiku-4.5"),
         ("claude-4", "us.anthropic.claude-sonnet-4-20250514-v1:0 claude-4-5-haiku claude-sonnet-4-5@20250929"),
-        ("claude-5", "claude-opus-4-7 claude-4.7-opus claude-sonnet-5 claude-sonnet-5-5 claude-haiku-5-5 claude-fable-5"),
+        (
+            "claude-5",
+            "claude-opus-4-7 claude-4.7-opus claude-sonnet-5 claude-sonnet-5-5 claude-haiku-5-5 claude-fable-5",
+        ),
         ("claude-5", "claude-sonnet-latest claude-mythos-5-1 anthropic/claude-opus-5.5 claude-opus-10"),
         ("gemini", "gemini-2.5-flash google/gemini-3-pro"),
-        ("mistral", "mistral-large-latest open-mixtral-8x7b ministral-8b magistral-medium codestral-2508 devstral pixtral-12b"),
+        (
+            "mistral",
+            "mistral-large-latest open-mixtral-8x7b ministral-8b magistral-medium codestral-2508 devstral pixtral-12b",
+        ),
         ("deepseek", "deepseek-chat deepseek-r1 deepseek/deepseek-v3.2"),
         ("llama", "meta-llama/Llama-3.3-70B-Instruct llama3.2 deepseek-r1-distill-llama-70b"),
         ("qwen", "qwen3-32b qwq-32b Qwen/Qwen2.5-72B deepseek-r1-distill-qwen-32b"),
