@@ -32,7 +32,7 @@ REREAD_SECONDS = 30.0
 # A file's clock ticks in milliseconds and more: a change within the tick of an earlier one may leave the same stamp.
 _STAMP_DOUBTED_NS = 2_000_000_000
 
-PutPriceVersion = Callable[[str, str], Awaitable[None]]
+PutPriceVersion = Callable[[str, str], Awaitable[object]]
 """Stores a body under its version, durably; storing what is there already does nothing."""
 
 log = structlog.get_logger("farebox.catalog")

@@ -254,9 +254,10 @@ class _Builder:
     def _table(self, path: tuple[str, ...], line: int, column: int) -> Table:
         entries: dict[str, tuple[Scalar, Node]] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            key = self._node(event, path)
-            if not isinstance(key, Scalar):
+            if isinstance(event, yaml.CollectionStartEvent):
                 self._refuse(event, path, "a key must be a word, not a list or a mapping")
+            key = self._node(event, path)
+            assert isinstance(key, Scalar)
             if key.plain and key.text == "<<":
                 self._refuse(event, path, "merge keys (<<) aren't read here; write the values out")
             value = self._node(next(self._events), (*path, key.text))

@@ -94,6 +94,8 @@ def test_a_bomb_is_refused_before_it_goes_off() -> None:
 def test_depth_and_size_are_bounded() -> None:
     assert "nested more than 16 levels deep" in problem("{a: " * 20 + "1" + "}" * 20)
     assert "nested more than 16 levels deep" in problem("[" * 20_000 + "]" * 20_000)
+    assert "a key must be a word" in problem("? " * 20_000)
+    assert "a key must be a word" in problem("{[" * 20_000)
     assert "larger than 1,048,576 bytes" in problem("#" * (FILE_BYTES_MAX + 1))
     assert "larger than 1,048,576 bytes" in problem(b"#" * (FILE_BYTES_MAX + 1))
 
