@@ -80,6 +80,8 @@ class Settings(BaseSettings):
     body_bytes_max: int = Field(10 * 1024 * 1024, ge=1024)
     messages_max: int = Field(2_000, ge=1)
     json_depth_max: int = Field(64, ge=4)
+    json_values_max: int = Field(100_000, ge=100)
+    """How many values its JSON may hold: reading 100,000 takes some 50 ms."""
     choices_max: int = Field(8, ge=1, le=128)
     header_bytes_max: int = Field(32 * 1024, ge=1024)
     receive_seconds: Seconds = 30.0

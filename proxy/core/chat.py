@@ -16,7 +16,7 @@ from proxy.core.chat_fields import CAP_KEYS, OTHER_CAPS, Options, check_types, r
 from proxy.core.errors import InvalidRequest, TooLarge
 from proxy.core.media import Attachment, Image
 from proxy.core.prompt import Prompt, read_prompt
-from proxy.core.spans import Edit, Member, apply_edits, nested_deeper, read_object, skip_blanks
+from proxy.core.spans import Edit, Member, TooManyMembers, apply_edits, read_object, skip_blanks, too_much
 
 __all__ = ["BodyLimits", "ChatRequest"]
 
@@ -33,6 +33,9 @@ _NO_PROMPT = frozenset(
     }
 )  # fmt: skip
 
+# The members of the body itself are walked in Python, some microseconds each; the API names about forty.
+_MEMBERS_MAX = 1_000
+
 _TOUCHED = ("model", "stream_options", *CAP_KEYS)
 
 
@@ -45,6 +48,8 @@ class BodyLimits(Protocol):
     def messages_max(self) -> int: ...
     @property
     def json_depth_max(self) -> int: ...
+    @property
+    def json_values_max(self) -> int: ...
     @property
     def choices_max(self) -> int: ...
     def setting(self, limit: str) -> str: ...
@@ -175,7 +180,13 @@ def _decode(body: bytes, limits: BodyLimits) -> str:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise _malformed(f"byte {error.start} is not UTF-8") from None
-    if nested_deeper(body, limits.json_depth_max):
+    excess = too_much(body, depth_max=limits.json_depth_max, values_max=limits.json_values_max)
+    if excess == "values":
+        raise InvalidRequest(
+            f"The request body holds more than {limits.json_values_max} values ({limits.setting('json_values_max')}).",
+            code="json_too_many_values",
+        )
+    if excess == "depth":
         raise InvalidRequest(
             f"The request body nests deeper than {limits.json_depth_max} levels ({limits.setting('json_depth_max')}).",
             code="json_too_deep",
@@ -208,13 +219,17 @@ def _refuse_constant(name: str) -> NoReturn:
 def _read(text: str) -> tuple[list[Member], bool]:
     reader = _Reader()
     try:
-        members, end = read_object(text, 0, reader.decoder)
+        members, end = read_object(text, 0, reader.decoder, members_max=_MEMBERS_MAX)
     except json.JSONDecodeError as error:
         if error.msg == "Expecting an object":
             raise _not_an_object(text, error.pos) from None
         raise _malformed(f"{error.msg} at line {error.lineno} column {error.colno}") from None
     except _ConstantError as error:
         raise _malformed(str(error)) from None
+    except TooManyMembers:
+        raise InvalidRequest(
+            f"The request body has more than {_MEMBERS_MAX} members at its top level.", code="json_too_many_values"
+        ) from None
     except ValueError:
         raise _malformed("a number has too many digits") from None
     except RecursionError:

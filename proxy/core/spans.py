@@ -8,9 +8,18 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError, JSONDecoder
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Edit", "Member", "apply_edits", "nested_deeper", "read_object", "skip_blanks", "without_members"]
+__all__ = [
+    "Edit",
+    "Member",
+    "TooManyMembers",
+    "apply_edits",
+    "read_object",
+    "skip_blanks",
+    "too_much",
+    "without_members",
+]
 
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
@@ -24,6 +33,10 @@ class Member:
     key_start: int
     value_start: int
     value_end: int
+
+
+class TooManyMembers(ValueError):
+    """The object has more members than may be walked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +54,12 @@ def skip_blanks(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def read_object(text: str, start: int, decoder: JSONDecoder) -> tuple[list[Member], int]:
+def read_object(
+    text: str, start: int, decoder: JSONDecoder, *, members_max: int | None = None
+) -> tuple[list[Member], int]:
     """The members of the object that begins at ``start`` (its brace, or blanks before it) and the offset of its ``}``.
 
-    Duplicate keys are all listed. Raises JSONDecodeError, and whatever the decoder's hooks raise.
+    Duplicate keys are all listed. Raises JSONDecodeError, TooManyMembers, and whatever the decoder's hooks raise.
     """
     at = skip_blanks(text, start)
     if text[at : at + 1] != "{":
@@ -56,6 +71,8 @@ def read_object(text: str, start: int, decoder: JSONDecoder) -> tuple[list[Membe
     while True:
         member = _read_member(text, at, decoder)
         members.append(member)
+        if members_max is not None and len(members) > members_max:
+            raise TooManyMembers
         at = skip_blanks(text, member.value_end)
         after = text[at : at + 1]
         if after == "}":
@@ -104,16 +121,28 @@ def apply_edits(body: bytes, edits: Iterable[Edit]) -> bytes:
     return b"".join(pieces)
 
 
-def nested_deeper(body: bytes, depth: int) -> bool:
-    """Whether arrays and objects stand more than ``depth`` deep in each other; brackets in strings don't count.
+def too_much(body: bytes, *, depth_max: int, values_max: int) -> Literal["depth", "values"] | None:
+    """Whether JSON nests deeper, or holds more values, than may be read; None where it may.
 
-    Cheap on hostile bodies, too: no step in Python per byte. A body that isn't JSON gives either answer, no error.
+    Reading JSON keeps the event loop for as long as it takes, and ten megabytes of ``{},{},`` take a second. Cheap on
+    hostile bodies itself: no step in Python per byte. A body that isn't JSON gives any answer, but no error.
     """
-    if body.count(b"{") + body.count(b"[") <= depth:
-        return False
-    # Escapes go first, so that every quote left opens or closes a string; each second piece is outside of them.
-    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-    brackets = outside.translate(_AS_SQUARE, _NO_BRACKETS)
+    if b"\\" in body:
+        # Escapes go first, so that every quote left opens or closes a string.
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = body.translate(None, _NO_MARKS)
+    # A value has at most a key and itself in quotes.
+    if marks.count(b'"') > 4 * values_max:
+        return "values"
+    outside = b"".join(marks.split(b'"')[::2])
+    brackets = outside.translate(_AS_SQUARE, b",")
+    # An object's or array's values are one more than its commas.
+    if 1 + outside.count(b",") + brackets.count(b"[") > values_max:
+        return "values"
+    return "depth" if _nests_deeper(brackets, depth_max) else None
+
+
+def _nests_deeper(brackets: bytes, depth: int) -> bool:
     for _ in range(depth):
         if not brackets:
             return False
@@ -122,4 +151,4 @@ def nested_deeper(body: bytes, depth: int) -> bool:
 
 
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NO_MARKS = bytes(set(range(256)) - set(b'[]{},"'))

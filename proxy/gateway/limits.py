@@ -48,6 +48,8 @@ class LimitsProfile:
     body_bytes_max: int
     messages_max: int
     json_depth_max: int = 64
+    json_values_max: int = 100_000
+    """Values in the body, nested ones included: what bounds the time that reading it keeps the event loop."""
     choices_max: int = 8
     header_bytes_max: int = 32 * 1024
     receive_seconds: float = 30.0
