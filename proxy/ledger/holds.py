@@ -35,7 +35,7 @@ RESTART_GRACE_SECONDS = 60.0
 
 SINGLE_WAIT_MS = 2000
 
-_BATCH = "SELECT * FROM farebox.batch($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)"
+_BATCH = "SELECT * FROM farebox.batch(%s)" % ", ".join(f"${number}" for number in range(1, 21))
 
 
 class HoldLedger:
@@ -62,14 +62,12 @@ class HoldLedger:
         the busy ones again apart. Otherwise the call waits so long for each lock, and where one isn't to be had, every
         row is BUSY; so wait with rows of one account only.
         """
-        rows = [*map(_finalize_row, finalizes), *map(_release_row, releases), *map(_reserve_row, reserves)]
-        if not rows:
+        if not (finalizes or reserves or releases):
             return [], [], []
-        *columns, sources, capped, endings = map(list, zip(*rows, strict=True))
-        usages = list(chain.from_iterable(f.usage.as_tuple() for f in finalizes))
+        arguments = _batch_arguments(finalizes, reserves, releases)
         try:
             with translated():
-                results = await self._database.fetch(_BATCH, *columns, usages, sources, capped, endings, wait_ms)
+                results = await self._database.fetch(_BATCH, *arguments, wait_ms)
         except LedgerUnavailable as error:
             if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
                 raise
@@ -79,11 +77,11 @@ class HoldLedger:
                 [_BUSY_RELEASED] * len(releases),
             )
         results.sort(key=_row_number)
-        first, second = len(finalizes), len(finalizes) + len(releases)
+        first, second = len(reserves), len(reserves) + len(finalizes)
         return (
-            [_finalized(result) for result in results[:first]],
-            [_reserved(result) for result in results[second:]],
-            [_released(result) for result in results[first:second]],
+            [_finalized(result) for result in results[first:second]],
+            [_reserved(result) for result in results[:first]],
+            [_released(result) for result in results[second:]],
         )
 
     async def reserve(self, reserve: Reserve, *, wait_ms: int = SINGLE_WAIT_MS) -> Reserved:
@@ -155,26 +153,39 @@ class HoldLedger:
             return bool(await self._database.fetchval("SELECT farebox.put_price_version($1, $2)", version, body))
 
 
-# The columns of farebox.batch, in its order: op, hold, account, worker, key, key's version, amount, at_least, price
-# version, model, variant, note, fingerprint, usage's source, cap, ending.
-
-
-def _reserve_row(r: Reserve) -> tuple[Any, ...]:
+def _batch_arguments(
+    finalizes: Sequence[Finalize], reserves: Sequence[Reserve], releases: Sequence[Release]
+) -> tuple[Any, ...]:
+    """The arguments of farebox.batch, which says what they are, but for the wait."""
+    both = [*reserves, *finalizes]
+    rows = [*both, *releases]
+    none = [None] * len(releases)
+    # What many rows share is sent once, and a number for each row: encoding arrays is most of a batch's cost here.
+    terms: dict[tuple[Any, ...], int] = {}
+    numbers = [terms.setdefault(_terms(row), len(terms) + 1) for row in rows]
     return (
-        *("reserve", r.hold_id, r.account_id, r.worker_id, r.key_id, r.key_version, r.want, r.at_least),
-        *(r.price_version, r.model, r.variant, r.quote, r.fingerprint, None, None, None),
+        len(reserves),
+        len(finalizes),
+        [row.hold_id for row in rows],
+        [row.account_id for row in rows],
+        [row.key_id for row in both] + none,
+        [r.want for r in reserves] + [f.charge for f in finalizes] + none,
+        [r.quote for r in reserves] + [f.receipt for f in finalizes] + none,
+        [row.fingerprint for row in both] + none,
+        numbers,
+        [r.key_version for r in reserves],
+        [r.at_least for r in reserves],
+        list(chain.from_iterable(f.usage.as_tuple() for f in finalizes)),
+        *map(list, zip(*terms, strict=True)),
     )
 
 
-def _finalize_row(f: Finalize) -> tuple[Any, ...]:
-    return (
-        *("finalize", f.hold_id, f.account_id, f.worker_id, f.key_id, None, f.charge, None),
-        *(f.price_version, f.model, f.variant, f.receipt, f.fingerprint, f.usage_source, f.capped, f.ending),
-    )
-
-
-def _release_row(r: Release) -> tuple[Any, ...]:
-    return ("release", r.hold_id, r.account_id, r.worker_id, *(None,) * 12)
+def _terms(row: Reserve | Finalize | Release) -> tuple[Any, ...]:
+    if isinstance(row, Reserve):
+        return row.worker_id, row.price_version, row.model, row.variant, None, None, None
+    if isinstance(row, Finalize):
+        return row.worker_id, row.price_version, row.model, row.variant, row.usage_source, row.capped, row.ending
+    return row.worker_id, None, None, None, None, None, None
 
 
 _RESERVE_OUTCOMES = {outcome.value: outcome for outcome in ReserveOutcome}

@@ -138,9 +138,8 @@ CREATE UNIQUE INDEX transfers_reference ON farebox.transfers (kind, reference) W
 
 -- Values that the functions hand to each other.
 
--- An account's money while its row is locked, worked on in memory and written once by store_purse; limited: whether any
--- of its keys has a spend limit. The last four say what became of the entry in hand: amount is what it was granted,
--- charged or given back, overrun what of a charge became debt.
+-- An account's money while its row is locked, and what moved in it last: due left it (negative: came in) under kind, of
+-- which receivable lent a part, and debt took paid of what had become available.
 CREATE TYPE farebox.purse AS (
     account_id uuid,
     balance bigint,
@@ -148,43 +147,24 @@ CREATE TYPE farebox.purse AS (
     debt bigint,
     version bigint,
     limited boolean,
-    outcome text,
-    amount bigint,
-    overrun bigint,
-    spend_left bigint
+    kind text,
+    due bigint,
+    lent bigint,
+    paid bigint
 );
 
--- One request to the batch. amount: what a reserve wants, or what a finalize charges; note: its quote or its receipt.
--- refusal: why a reserve can't be admitted, whatever the balance.
-CREATE TYPE farebox.entry AS (
-    row_number bigint,
-    op text,
-    hold_id uuid,
-    account_id uuid,
-    worker_id uuid,
-    key_id text,
-    amount bigint,
-    at_least bigint,
-    price_version text,
-    model text,
-    variant text,
-    note text,
-    fingerprint bytea,
-    usage bigint[],
-    usage_source text,
-    capped text,
-    ending text,
-    refusal text
-);
-
--- What the batch says of one entry: the purse's answer, and the account after it.
-CREATE TYPE farebox.result AS (
+-- One thing done: the answer to whoever asked, the purse after it, and the hold as it is then. change says what is to be
+-- written: the account and a hold ('insert', 'update'), the account alone ('account'), or (NULL) nothing, since nothing moved.
+CREATE TYPE farebox.move AS (
     row_number bigint,
     outcome text,
-    amount bigint,
+    answer bigint,
     overrun bigint,
-    balance bigint,
-    held bigint,
-    debt bigint,
-    spend_left bigint
+    spend_left bigint,
+    purse farebox.purse,
+    change text,
+    hold farebox.holds,
+    reference text,
+    actor text,
+    reason text
 );

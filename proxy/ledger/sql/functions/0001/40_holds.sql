@@ -38,9 +38,10 @@ BEGIN
     END IF;
     granted := addable;
     total := hold.amount + granted;
-    purse.held := purse.held + granted;
-    UPDATE farebox.holds AS h SET amount = total WHERE h.id = _hold_id;
-    PERFORM farebox.store_purse(purse);
+    hold.amount := total;
+    PERFORM farebox.write_moves(
+        ARRAY[farebox.a_move(farebox.moved(purse, NULL, 0, -granted), 'update', hold)], clock_timestamp()
+    );
     IF purse.limited THEN
         PERFORM farebox.count_spend(hold.key_id, granted, 0);
     END IF;
@@ -120,7 +121,8 @@ DECLARE
     accounts uuid[];
     purse farebox.purse;
     hold farebox.holds;
-    cost bigint;
+    cost numeric;
+    moves farebox.move[] := '{}';
 BEGIN
     IF clock_timestamp() < pg_postmaster_start_time() + _restart_grace
        OR NOT pg_try_advisory_xact_lock(hashtextextended('farebox.expire_holds', 0)) THEN
@@ -161,25 +163,24 @@ BEGIN
            FOR NO KEY UPDATE
     LOOP
         IF purse.account_id IS DISTINCT FROM hold.account_id THEN
-            IF purse.account_id IS NOT NULL THEN
-                PERFORM farebox.store_purse(purse);
-            END IF;
             purse := farebox.open_purse(hold.account_id);
         END IF;
         -- A mark was counted by us, so it never costs more than was held.
         cost := coalesce(farebox.charge_for(hold.price_version, hold.model, hold.variant, hold.mark), 0);
-        purse := farebox.settle(purse, hold, least(cost, hold.amount), at);
-        UPDATE farebox.holds AS h
-           SET state = 'provisional', charge = purse.amount, overrun = purse.overrun, usage = hold.mark,
-               usage_source = CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END,
-               capped = CASE WHEN cost > hold.amount THEN 'counted_above_hold' END,
-               ending = 'worker_gone', ended_at = at
-         WHERE h.id = hold.id;
-        RETURN QUERY SELECT hold.id, hold.account_id, purse.amount;
+        hold.capped := CASE WHEN cost > hold.amount THEN 'counted_above_hold' END;
+        cost := least(cost, hold.amount);
+        purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, cost::bigint);
+        hold.state := 'provisional';
+        hold.charge := cost;
+        hold.overrun := purse.lent;
+        hold.usage := hold.mark;
+        hold.usage_source := CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END;
+        hold.ending := 'worker_gone';
+        hold.ended_at := at;
+        moves := moves || farebox.a_move(purse, 'update', hold);
+        RETURN QUERY SELECT hold.id, hold.account_id, cost::bigint;
     END LOOP;
-    IF purse.account_id IS NOT NULL THEN
-        PERFORM farebox.store_purse(purse);
-    END IF;
+    PERFORM farebox.write_moves(moves, at);
 END
 $$;
 

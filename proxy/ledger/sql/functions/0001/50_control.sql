@@ -199,11 +199,10 @@ BEGIN
         RETURN;
     END IF;
     at := clock_timestamp();
-    purse := farebox.post(purse, _kind, 'credit', 'grants', _amount, at, NULL, _reference, _actor, _reason);
     transfer_account := _account_id;
-    transfer_version := purse.version;
-    purse := farebox.pay_debt(purse, at, NULL);
-    PERFORM farebox.store_purse(purse);
+    transfer_version := purse.version + 1;
+    purse := farebox.moved(purse, _kind, -_amount, 0);
+    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'account', NULL, _reference, _actor, _reason)], at);
 END
 $$;
 
@@ -244,12 +243,11 @@ BEGIN
     END IF;
     at := clock_timestamp();
     purse := farebox.open_purse(hold.account_id);
-    purse := farebox.post(purse, 'reversal', 'credit', 'revenue', back, at, hold.id, _reference, _actor, _reason);
     transfer_account := purse.account_id;
-    transfer_version := purse.version;
-    purse := farebox.pay_debt(purse, at, hold.id);
-    PERFORM farebox.store_purse(purse);
-    UPDATE farebox.holds AS h SET reversed = h.reversed + back WHERE h.id = hold.id;
+    transfer_version := purse.version + 1;
+    purse := farebox.moved(purse, 'reversal', -back, 0);
+    hold.reversed := hold.reversed + back;
+    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'update', hold, _reference, _actor, _reason)], at);
     IF purse.limited THEN
         PERFORM farebox.count_spend(hold.key_id, 0, -back);
     END IF;
