@@ -9,6 +9,7 @@ Units stand last in a name (``_seconds``, ``_bytes_max``). A secret is a SecretS
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -18,7 +19,7 @@ from proxy.core.keys import Peppers
 __all__ = ["Settings", "SettingsError", "load"]
 
 PREFIX = "FAREBOX_"
-ADMIN_TOKEN_BYTES_MIN = 16
+ADMIN_TOKEN_CHARS_MIN = 32
 
 
 class SettingsError(ValueError):
@@ -109,6 +110,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
 
+    @field_validator("database_url")
+    @classmethod
+    def _database_url_can_be_read(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check_database_url(value)
+        return value
+
     @field_validator("key_pepper")
     @classmethod
     def _pepper_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
@@ -119,13 +127,25 @@ class Settings(BaseSettings):
     @field_validator("admin_token")
     @classmethod
     def _token_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and len(value.get_secret_value().encode()) < ADMIN_TOKEN_BYTES_MIN:
-            raise ValueError(f"is too short: at least {ADMIN_TOKEN_BYTES_MIN} bytes")
+        if value is not None and len(value.get_secret_value()) < ADMIN_TOKEN_CHARS_MIN:
+            raise ValueError(f"is too short: at least {ADMIN_TOKEN_CHARS_MIN} characters")
         return value
 
     def peppers(self) -> Peppers | None:
         """The peppers that keys are hashed under; None where none is set."""
         return None if self.key_pepper is None else Peppers.parse(self.key_pepper.get_secret_value())
+
+
+def _check_database_url(url: str) -> None:
+    """Raises ValueError, without the URL in it: it holds a password."""
+    try:
+        parts = urlsplit(url)
+        # Several hosts with commas between them are one URL to PostgreSQL, and none to urllib.
+        readable = parts.scheme in {"postgresql", "postgres"} and ("," in parts.netloc or parts.port != 0)
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ValueError("is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE") from None
 
 
 def load(**options: Any) -> Settings:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import asyncpg
 
-from proxy.ledger.errors import InvalidValue, LedgerUnavailable
+from proxy.ledger.errors import InvalidValue, LedgerUnavailable, MissingRole
 
 __all__ = ["Connection", "Database", "Pool", "Role", "connect", "create_pool", "translated"]
 
@@ -40,13 +40,22 @@ async def connect(
     statement_seconds: float = 5.0,
     connect_seconds: float = 5.0,
 ) -> Connection:
-    """One connection that acts as ``role`` (None: as whoever logs in). Raises LedgerUnavailable.
+    """One connection that acts as ``role`` (None: as whoever logs in).
 
+    Raises LedgerUnavailable, and MissingRole where there is no such role, or the login may not act as it.
     ``lock_ms``: how long a call waits for a lock that somebody else holds. ``statement_seconds`` 0: no limit.
     """
     settings = _settings(role, lock_ms, statement_seconds)
-    with translated():
-        return await asyncpg.connect(dsn, timeout=connect_seconds, server_settings=settings)
+    try:
+        with translated():
+            return await asyncpg.connect(dsn, timeout=connect_seconds, server_settings=settings)
+    except (asyncpg.InsufficientPrivilegeError, InvalidValue) as error:
+        if role is None:
+            raise
+        raise MissingRole(
+            f"the database's login may not act as {role.value}: "
+            "run `farebox migrate --grant-to LOGIN` as the owner of the schema"
+        ) from error
 
 
 async def create_pool(
