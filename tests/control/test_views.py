@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from fractions import Fraction
 from uuid import UUID
 
 import pytest
@@ -72,7 +73,7 @@ ENDED = Ended(
 @given(st.integers(0, 10**30), st.integers(1, 15))
 def test_an_exact_amount_is_exact(numerator: int, places: int) -> None:
     text = exact_credits(numerator, places)
-    assert Decimal(text) * 10**places == numerator
+    assert Fraction(text) * 10**places == numerator
     assert "." not in text or not text.endswith("0")
 
 
