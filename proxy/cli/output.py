@@ -96,6 +96,13 @@ def reporting(*, as_json: bool) -> Iterator[Output]:
         fail(str(error), code="ledger", as_json=as_json)
     except LocalError as error:
         fail(str(error), code="local", as_json=as_json)
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"Unexpected {said} (python -X dev -m proxy.cli shows where)", code="unexpected", as_json=as_json)
 
 
 def fail(message: str, *, code: str, as_json: bool) -> None:

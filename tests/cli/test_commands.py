@@ -221,3 +221,11 @@ def test_a_control_character_in_a_name_never_reaches_the_terminal(farebox: Fareb
     listed = farebox("accounts", "list", "--limit", "1000")
     assert "evil?[2Jname" in listed.out
     assert failed(farebox("accounts", "create", "evil\x1b[2Jname", "--json"), "invalid_value")
+
+
+def test_a_fault_of_ours_is_one_line(farebox: Farebox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise TypeError("this is a fault\nof two lines")
+
+    monkeypatch.setattr("proxy.cli.accounts.operate", fault)
+    assert "TypeError: this is a fault" in failed(farebox("accounts", "list", "--json"), "unexpected")
