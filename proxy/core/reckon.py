@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from proxy.core.catalog import Quirks
 from proxy.core.meter import Meter
+from proxy.core.pricing import Bounds
 from proxy.core.usage import Usage, UsageSource
 from proxy.core.usage_report import Reported
 
@@ -28,11 +29,14 @@ def needs_count(meter: Meter, quirks: Quirks) -> bool:
     return meter.usage(quirks) is None and (meter.delivered or meter.reported(quirks) is not None)
 
 
-def reckon(meter: Meter, quirks: Quirks, *, counted_input: int, counted_output: int) -> Reckoning:
+def reckon(meter: Meter, quirks: Quirks, *, bounds: Bounds, counted_input: int, counted_output: int) -> Reckoning:
     """What an answer used. The counted figures are tokens (``core/bounds.py``'s estimates), unused where a report does.
 
-    Where neither a report nor any text came, usage is zero and its source ``none``.
+    What is counted stays within the bounds, so that a counted charge never exceeds its quote. Where neither a report
+    nor any text came, usage is zero and its source ``none``.
     """
+    counted_input = min(counted_input, bounds.input)
+    counted_output = min(counted_output, bounds.output)
     reported = meter.reported(quirks)
     whole = meter.usage(quirks)
     if reported is not None and whole is not None:

@@ -179,12 +179,13 @@ def _is_usage_alone(chunk: Mapping[str, Any], usage: Any) -> bool:
     return chunk.get("choices") == [] and isinstance(usage, dict) and not any(chunk.get(name) for name in _CONTENT)
 
 
-# A null usage followed by flat members up to the end of the data: then the brace that closes the data is its object's,
-# so it stands at the top. (Its first quote can't end a string: what follows would not be JSON.)
-_LAST_NULL_USAGE = re.compile(
-    rb',[ \t\r\n]*"usage"[ \t\r\n]*:[ \t\r\n]*null'
-    rb'(?=(?:[ \t\r\n]*,[ \t\r\n]*"[^"\\]*"[ \t\r\n]*:[ \t\r\n]*(?:"[^"\\]*"|[a-z0-9.+E-]+))*[ \t\r\n]*\}[ \t\r\n]*\Z)'
-)
+# A null usage with only flat members between it and one end of the data: the brace there is its own object's, so it
+# stands at the top. (The quote before ``usage`` can't end a string: what follows would not be JSON.)
+_WS = rb"[ \t\r\n]*"
+_FLAT = _WS + rb'"[^"\\]*"' + _WS + b":" + _WS + rb'(?:"[^"\\]*"|[a-z0-9.+E-]+)' + _WS
+_NULL_USAGE = rb'"usage"' + _WS + b":" + _WS + b"null"
+_LAST_NULL_USAGE = re.compile(b"," + _WS + _NULL_USAGE + b"(?=" + _WS + b"(?:," + _FLAT + rb")*\}" + _WS + rb"\Z)")
+_EARLY_NULL_USAGE = re.compile(_WS + rb"\{(?:" + _FLAT + b",)*" + _WS + b"(" + _NULL_USAGE + _WS + b"," + _WS + b")")
 
 
 def _without_null_usage(piece: Piece) -> bytes:
@@ -196,9 +197,11 @@ def _without_null_usage(piece: Piece) -> bytes:
     if data.count(b'"usage"') == 1:
         comma = data.rfind(b",", 0, data.find(b'"usage"'))
         match = _LAST_NULL_USAGE.match(data, comma) if comma >= 0 else None
-        if match:
-            cut = data[:comma] + data[match.end() :]
-            return piece.raw[:start] + cut + piece.raw[end:]
+        where = match.span() if match else (0, 0)
+        if not match and (early := _EARLY_NULL_USAGE.match(data)):
+            where = early.span(1)
+        if where[1]:
+            return piece.raw[: start + where[0]] + piece.raw[start + where[1] :]
     try:
         text = data.decode()
         members, _ = read_object(text, 0, _DECODER)
