@@ -283,17 +283,25 @@ def _parts(meter: Meter, kept: _Choice, value: Any) -> None:
                     stack.append((item[key], kept.reasoning if key == "thinking" else into))
 
 
-def _reasoning(meter: Meter, kept: _Choice, value: Any, delta: Mapping[str, Any]) -> None:
-    # Some gateways send the same reasoning under two names.
-    if value is next((delta[name] for name in _REASONING if delta.get(name)), None):
-        if isinstance(value, str):
-            meter._write(kept.reasoning, value)
-        elif isinstance(value, list):
-            meter.delivered = True
-            for detail in value:
-                for key in ("text", "summary"):
-                    if isinstance(detail, dict) and isinstance(detail.get(key), str):
-                        meter._write(kept.reasoning, detail[key])
+def _reasoning(meter: Meter, kept: _Choice, value: Any) -> None:
+    if isinstance(value, str):
+        meter._write(kept.reasoning, value)
+    elif isinstance(value, list):
+        meter.delivered = True
+        for detail in value:
+            for key in ("text", "summary"):
+                if isinstance(detail, dict) and isinstance(detail.get(key), str):
+                    meter._write(kept.reasoning, detail[key])
+
+
+def _reasoning_unless(*others: str) -> "_Reader":
+    """Some gateways send the same reasoning under several names: the first of them counts."""
+
+    def read(meter: Meter, kept: _Choice, value: Any, delta: Mapping[str, Any]) -> None:
+        if not any(delta.get(name) for name in others):
+            _reasoning(meter, kept, value)
+
+    return read
 
 
 def _tool_calls(meter: Meter, kept: _Choice, value: Any, _delta: Mapping[str, Any]) -> None:
@@ -331,10 +339,12 @@ def _medium(meter: Meter, _kept: _Choice, _value: Any, _delta: Mapping[str, Any]
 
 _REASONING = ("reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details")
 
-_DELTA: Mapping[str, Callable[[Meter, _Choice, Any, Mapping[str, Any]], None]] = {
+_Reader = Callable[[Meter, _Choice, Any, Mapping[str, Any]], None]
+
+_DELTA: Mapping[str, _Reader] = {
     "content": _content,
     "refusal": _content,
-    **dict.fromkeys(_REASONING, _reasoning),
+    **{name: _reasoning_unless(*_REASONING[:place]) for place, name in enumerate(_REASONING)},
     "tool_calls": _tool_calls,
     "function_call": _function_call,
     "audio": _audio,

@@ -29,14 +29,17 @@ def needs_count(meter: Meter, quirks: Quirks) -> bool:
     return meter.usage(quirks) is None and (meter.delivered or meter.reported(quirks) is not None)
 
 
-def reckon(meter: Meter, quirks: Quirks, *, bounds: Bounds, counted_input: int, counted_output: int) -> Reckoning:
+def reckon(
+    meter: Meter, quirks: Quirks, *, counted_input: int, counted_output: int, bounds: Bounds | None = None
+) -> Reckoning:
     """What an answer used. The counted figures are tokens (``core/bounds.py``'s estimates), unused where a report does.
 
-    What is counted stays within the bounds, so that a counted charge never exceeds its quote. Where neither a report
+    What is counted stays within ``bounds``, so that a counted charge never exceeds its quote. Where neither a report
     nor any text came, usage is zero and its source ``none``.
     """
-    counted_input = min(counted_input, bounds.input)
-    counted_output = min(counted_output, bounds.output)
+    if bounds is not None:
+        counted_input = min(counted_input, bounds.input)
+        counted_output = min(counted_output, bounds.output)
     reported = meter.reported(quirks)
     whole = meter.usage(quirks)
     if reported is not None and whole is not None:

@@ -9,13 +9,13 @@ from proxy.core.catalog import Quirks
 from proxy.core.meter import Ending, Meter, storable_json
 from proxy.core.usage import Usage
 
+Chunk = dict[str, Any]
+
 PLAIN = Quirks()
 REPORT = {"prompt_tokens": 10, "completion_tokens": 4}
 
 
-def chunk(
-    delta: dict[str, Any] | None = None, finish: str | None = None, index: Any = 0, **extra: Any
-) -> dict[str, Any]:
+def chunk(delta: Chunk | None = None, finish: str | None = None, index: Any = 0, **extra: Any) -> Chunk:
     return {"choices": [{"index": index, "delta": delta or {}, "finish_reason": finish}], **extra}
 
 
@@ -66,13 +66,8 @@ class TestUsage:
         odd = {"prompt_tokens": 1, "a": float("nan"), "b": "x\x00\ud800", "c": {"d": [float("inf")]}, "e": 10**64}
         text = meter_of(chunk(finish="stop", usage=odd)).usage_json()
         assert text is not None
-        assert json.loads(text) == {
-            "prompt_tokens": 1,
-            "a": None,
-            "b": "x\N{REPLACEMENT CHARACTER}?",
-            "c": {"d": [None]},
-            "e": 10**64,
-        }
+        wanted = {"prompt_tokens": 1, "a": None, "b": "x\N{REPLACEMENT CHARACTER}?", "c": {"d": [None]}, "e": 10**64}
+        assert json.loads(text) == wanted
         assert storable_json({"a": "x" * 10_000}) == '{"unstorable":true}'
         assert storable_json({"a": 10**5000}) == '{"unstorable":true}'
 

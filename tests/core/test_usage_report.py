@@ -106,21 +106,15 @@ def test_what_is_no_count_is_absent_and_flagged(value: Any) -> None:
     reported = normalise({"prompt_tokens": 7, "completion_tokens": value}, PLAIN)
     assert reported == Reported(Usage(input=7), True, False, ("insane:completion_tokens",))
     assert normalise({"prompt_tokens": value, "completion_tokens": value}, PLAIN) is None
-    odd = normalise(
-        {"prompt_tokens": 7, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": value}}, PLAIN
-    )
+    details = {"prompt_tokens_details": {"cached_tokens": value}}
+    odd = normalise({"prompt_tokens": 7, "completion_tokens": 1, **details}, PLAIN)
     assert odd is not None
     assert odd.usage == Usage(input=7, output=1)
     assert "insane:cached_tokens" in odd.flags
 
 
 def test_null_and_details_of_any_type_are_nothing() -> None:
-    raw = {
-        "prompt_tokens": 7,
-        "completion_tokens": None,
-        "prompt_tokens_details": [],
-        "completion_tokens_details": None,
-    }
+    raw: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": None, "prompt_tokens_details": []}
     assert normalise(raw, PLAIN) == Reported(Usage(input=7), True, False)
     assert normalise({}, PLAIN) is None
 
@@ -150,14 +144,10 @@ DETAILS = st.dictionaries(
 )
 
 
-@given(
-    COUNTS,
-    COUNTS,
-    COUNTS,
-    DETAILS,
-    DETAILS,
-    st.builds(Quirks, reasoning_outside=st.booleans(), cached_outside=st.booleans()),
-)
+QUIRKS = st.builds(Quirks, reasoning_outside=st.booleans(), cached_outside=st.booleans())
+
+
+@given(COUNTS, COUNTS, COUNTS, DETAILS, DETAILS, QUIRKS)
 def test_no_class_is_negative_and_nothing_reported_is_lost(
     prompt: int | None,
     completion: int | None,

@@ -17,6 +17,7 @@ from proxy.dialects.dialect import AnswerError
 from proxy.dialects.openai import AnswerDecoder, OpenAI
 from proxy.dialects.registry import DIALECTS
 from tests.answers import ANSWERS, Answer
+from tests.core.limits import Limits
 from tests.recordings import cuts_of, seen_by_who_did_not_ask
 
 DIALECT = OpenAI()
@@ -237,16 +238,6 @@ def test_the_limits_are_named_errors() -> None:
 
 
 PRICE = Price(input=1, cached_input=1, cache_write=1, audio_input=1, output=1, reasoning=1, audio_output=1)
-
-
-class Limits:
-    body_bytes_max = 1_000_000
-    messages_max = 100
-    json_depth_max = 64
-    choices_max = 8
-
-    def setting(self, limit: str) -> str:
-        return limit
 
 
 def route(upstream_model: str = "gpt-4o", family: str = "gpt-4", **quirks: bool) -> Route:
