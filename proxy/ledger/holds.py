@@ -35,7 +35,10 @@ RESTART_GRACE_SECONDS = 60.0
 
 SINGLE_WAIT_MS = 2000
 
-_BATCH = "SELECT * FROM farebox.batch(%s)" % ", ".join(f"${number}" for number in range(1, 21))
+_BATCH = (
+    "SELECT * FROM farebox.batch"
+    "($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)"
+)
 
 
 class HoldLedger:
@@ -157,8 +160,8 @@ def _batch_arguments(
     finalizes: Sequence[Finalize], reserves: Sequence[Reserve], releases: Sequence[Release]
 ) -> tuple[Any, ...]:
     """The arguments of farebox.batch, which says what they are, but for the wait."""
-    both = [*reserves, *finalizes]
-    rows = [*both, *releases]
+    both: list[Reserve | Finalize] = [*reserves, *finalizes]
+    rows: list[Reserve | Finalize | Release] = [*both, *releases]
     none = [None] * len(releases)
     # What many rows share is sent once, and a number for each row: encoding arrays is most of a batch's cost here.
     terms: dict[tuple[Any, ...], int] = {}

@@ -14,7 +14,7 @@ TO farebox_gateway;
 
 GRANT EXECUTE ON FUNCTION
     farebox.create_account, farebox.create_key, farebox.revoke_key, farebox.update_key, farebox.rotate_key,
-    farebox.grant_credits, farebox.reverse, farebox.put_price_version
+    farebox.grant_credits, farebox.reverse, farebox.put_price_version, farebox.audit
 TO farebox_control;
 GRANT SELECT ON
     farebox.accounts, farebox.api_keys, farebox.spend_limits, farebox.workers, farebox.price_versions, farebox.prices,
