@@ -27,6 +27,7 @@ app.add_typer(credits.app, name="credits")
 app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")
+app.command()(book.audit)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from pydantic import SecretStr
 
 from proxy.control.operations import Operations
+from proxy.ledger.audit import Check, audit
 from proxy.ledger.connect import Role, connect, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.migrate import migrate, schema_state
@@ -22,7 +23,7 @@ from proxy.local.postgres import APP, Cluster
 from proxy.local.state import StateDirectory
 from proxy.settings import Settings, load
 
-__all__ = ["Access", "actor", "database_access", "operate"]
+__all__ = ["Access", "actor", "audit_database", "database_access", "operate"]
 
 Result = TypeVar("Result")
 
@@ -74,6 +75,12 @@ def operate(work: Callable[[Operations], Awaitable[Result]], database_url: str |
         return asyncio.run(_operate(work, access))
 
 
+def audit_database(database_url: str | None, *, purpose: str) -> list[Check]:
+    """Run the audit. Raises as ``operate`` does."""
+    with database_access(load(database_url=database_url), purpose=purpose) as access:
+        return asyncio.run(_audit(access))
+
+
 def actor() -> str:
     """Who is at the keyboard, for the book: the login name of this process's user."""
     try:
@@ -94,6 +101,15 @@ async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Acce
         return await work(Operations(ControlLedger(pool), access.settings.peppers()))
     finally:
         await pool.close()
+
+
+async def _audit(access: Access) -> list[Check]:
+    await _require_schema(access.login, Role.CONTROL)
+    connection = await connect(access.login, Role.CONTROL)
+    try:
+        return await audit(connection)
+    finally:
+        await connection.close()
 
 
 async def _require_schema(dsn: str, role: Role | None) -> None:

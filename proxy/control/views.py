@@ -6,12 +6,13 @@ lists are OpenAI's (``object: list``, ``data``, ``has_more``).
 
 import json
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 from proxy.core.money import format_credits
 from proxy.core.pricing import TOKENS_PER_RATE
 from proxy.core.usage import TOKEN_CLASSES, Usage
+from proxy.ledger.reader import DayUsage
 from proxy.ledger.records import Account, ApiKey, Ended, Transfer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "tokens_view",
     "transaction_id",
     "transfer_view",
+    "usage_view",
 ]
 
 View = dict[str, Any]
@@ -136,6 +138,30 @@ def receipt_view(ended: Ended) -> View:
         "released": format_credits(max(0, ended.amount - charge)) if settled else None,
         "overrun": format_credits(ended.overrun),
         "reversed": format_credits(ended.reversed),
+    }
+
+
+def usage_view(rows: Sequence[DayUsage], first: date, last: date) -> View:
+    """What was used by day and model, the newest day first. ``charged`` is less what was given back since."""
+    days = [
+        {
+            "object": "usage",
+            "date": row.day.isoformat(),
+            "model": row.model,
+            "requests": row.requests,
+            "tokens": tokens_view(row.usage),
+            "charged": format_credits(row.charge),
+        }
+        for row in rows
+    ]
+    return {
+        "object": "list",
+        "data": days,
+        "has_more": False,
+        "from": first.isoformat(),
+        "to": last.isoformat(),
+        "requests": sum(row.requests for row in rows),
+        "charged": format_credits(sum(row.charge for row in rows)),
     }
 
 

@@ -1,9 +1,11 @@
 """What scripts rely on: the commands' JSON, exit codes and errors, over a real ledger."""
 
 import asyncio
+import re
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from proxy.core.keys import Peppers, hmac_of, parse_key
@@ -229,3 +231,35 @@ def test_a_fault_of_ours_is_one_line(farebox: Farebox, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("proxy.cli.accounts.operate", fault)
     assert "TypeError: this is a fault" in failed(farebox("accounts", "list", "--json"), "unexpected")
+
+
+# The book
+
+
+def test_the_audit_says_what_it_checked(farebox: Farebox, module_database: Database) -> None:
+    account = new_account(farebox)
+    farebox("credits", "grant", account, "1", "--ref", str(uuid4()))
+    charged_request(module_database, account, 10)
+    ran = farebox("audit", "--json")
+    assert ran.code == 0, ran.out
+    assert ran.json["ok"] is True
+    assert any(check["rows"] > 0 for check in ran.json["checks"])
+    lines = farebox("audit").out.splitlines()
+    assert len(lines) == len(ran.json["checks"])
+    assert all(re.match(r"ok +[0-9]+ rows  \w+$", line) for line in lines)
+
+
+def test_the_audit_ends_with_1_where_the_book_is_wrong(bare: Farebox, database: Database) -> None:
+    made = bare("accounts", "create", "robbed", "--database-url", database.app, "--json").json
+
+    async def rob() -> None:
+        connection = await asyncpg.connect(database.superuser)
+        await connection.execute("UPDATE farebox.accounts SET balance = 5 WHERE id = $1", UUID(made["id"]))
+        await connection.close()
+
+    asyncio.run(rob())
+    ran = bare("audit", "--database-url", database.app)
+    assert ran.code == 1
+    [wrong] = [line for line in ran.out.splitlines() if line.startswith("FAIL")]
+    assert made["id"] in wrong
+    assert bare("audit", "--database-url", database.app, "--json").json["ok"] is False
