@@ -7,40 +7,102 @@ line to ``_routes`` below. Endpoints raise ``core.errors.Refusal``; ``gateway/fr
 x-request-id (also in ``request.state.request_id``) and CORS headers, and forgives base URLs without /v1.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import platform
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import structlog
 from starlette.routing import BaseRoute, Router
 
-from proxy.core.errors import Unavailable
-from proxy.gateway.front import Call, Front, Receive, Scope, Send
-from proxy.settings import Settings
+from proxy.control.admin import AdminToken, admin_routes
+from proxy.control.health import CatalogStatus, Health, Problem, health_routes
+from proxy.control.operations import Operations
+from proxy.control.reload import CatalogReloader
+from proxy.core.catalog import Catalog
+from proxy.core.yaml_reader import ConfigError
+from proxy.dialects.registry import DIALECTS
+from proxy.gateway import models
+from proxy.gateway.auth import Authenticator
+from proxy.gateway.chat import Chat, ChatSettings
+from proxy.gateway.front import Front, Receive, Scope, Send
+from proxy.gateway.limits import DEFAULT, Limits, LimitsProfile
+from proxy.gateway.relay import Relay
+from proxy.gateway.settle import Ending, Settler
+from proxy.gateway.tokens import TokenCounter
+from proxy.gateway.upstream import HttpClient
+from proxy.gateway.upstream_keys import UpstreamKeys
+from proxy.ledger.batch import BatchedLedger, BatchLimits
+from proxy.ledger.connect import Role, create_pool
+from proxy.ledger.control import ControlLedger
+from proxy.ledger.errors import LedgerError, LedgerUnavailable
+from proxy.ledger.holds import HoldLedger
+from proxy.ledger.lease import WorkerLease
+from proxy.ledger.lines import lines_to
+from proxy.ledger.sweeper import Sweeper
+from proxy.metrics import Metrics, MetricsServer
+from proxy.settings import Settings, SettingsError, environment
 
-__all__ = ["Farebox", "Services", "create_app"]
+__all__ = ["Adapt", "Farebox", "Services", "Timing", "create_app"]
 
 log = structlog.get_logger("farebox.app")
 
+Adapt = Callable[[Catalog], Catalog]
+"""Changes a catalog before it serves: how the demo puts its own upstream in the place of every other."""
 
-@dataclass(slots=True)
+try:
+    RELEASE = version("farebox")
+except PackageNotFoundError:  # run from a checkout that isn't installed
+    RELEASE = "unknown"
+
+GATEWAY_CONNECTIONS = 4
+CONTROL_CONNECTIONS = 4
+# After the last exchange was cut: for what waits in the ledger's batch, and for connections to close.
+LEDGER_STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How often things are looked at; for tests that can't wait for a lease to lapse. Seconds."""
+
+    renew_seconds: float = 5.0
+    sweep_seconds: float = 10.0
+    settled_seconds: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
 class Services:
     """Everything that lives as long as the app does."""
 
     settings: Settings
+    metrics: Metrics
+    catalog: CatalogReloader
+    keys: UpstreamKeys
+    holds: HoldLedger
+    lease: WorkerLease
+    authenticator: Authenticator
+    operations: Operations
+    settler: Settler
+    chat: Chat
 
 
-def create_app(settings: Settings) -> "Farebox":
+def create_app(settings: Settings, *, adapt: Adapt | None = None, timing: Timing | None = None) -> "Farebox":
     """The ASGI app. Nothing is connected or read until its lifespan starts."""
-    return Farebox(settings)
+    return Farebox(settings, adapt or _as_it_is, timing or Timing())
 
 
 class Farebox:
     """The ASGI app: lifespan, then every request through the front door."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, adapt: Adapt, timing: Timing) -> None:
         self._settings = settings
+        self._adapt = adapt
+        self._timing = timing
         self._front: Front | None = None
+        self._services: Services | None = None
+        self._stop_at: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -53,43 +115,243 @@ class Farebox:
         else:
             raise RuntimeError(f"no {scope['type']} before the lifespan has started")
 
+    @property
+    def price_version(self) -> str:
+        """The price version that serves."""
+        assert self._services is not None, "the lifespan has not started"
+        return self._services.catalog.state.version
+
+    def begin_shutdown(self) -> None:
+        """The process was told to end: not ready and nothing new from now on; what runs may go on for a while.
+
+        The server calls it when it stops listening. Where it doesn't, the end of the lifespan does.
+        """
+        if self._services is None or self._stop_at is not None:
+            return
+        loop, settler = asyncio.get_running_loop(), self._services.settler
+        self._stop_at = loop.time() + self._settings.shutdown_seconds
+        settler.stop_admitting()
+        loop.call_at(self._stop_at, settler.cut_all, Ending.SHUTDOWN)
+        log.info("shutting down", open_exchanges=settler.open_exchanges)
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Start, wait for the end, end. A start that fails is told to the server: an exception would not stop it."""
         await receive()
         started = False
         try:
-            async with _running(self._settings) as services:
+            async with _running(self._settings, self._adapt, self._timing) as services:
                 self._front = _front(services)
+                self._services = services
                 started = True
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
+                self.begin_shutdown()
+                await self._drain(services.settler)
         except Exception as error:
-            log.error("can't shut down" if started else "can't start", reason=str(error), exc_info=error)
+            # What an operator can mend needs no traceback.
+            mendable = isinstance(error, SettingsError | ConfigError | LedgerError)
+            what = "can't shut down" if started else "can't start"
+            log.error(what, reason=str(error), exc_info=None if mendable else error)
             await send({"type": f"lifespan.{'shutdown' if started else 'startup'}.failed", "message": str(error)})
         else:
             await send({"type": "lifespan.shutdown.complete"})
 
+    async def _drain(self, settler: Settler) -> None:
+        assert self._stop_at is not None
+        left = self._stop_at - asyncio.get_running_loop().time()
+        if not await settler.drain(max(0.0, left)):
+            log.error("answers were left unsettled", open=settler.open_exchanges, unsettled=settler.unsettled)
+
 
 @asynccontextmanager
-async def _running(settings: Settings) -> AsyncIterator[Services]:
+async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIterator[Services]:
     """The services, started; on the way out they end in reverse order."""
-    yield Services(settings=settings)
+    dsn, peppers = settings.database_url, settings.peppers()
+    if dsn is None or peppers is None:
+        raise SettingsError("FAREBOX_DATABASE_URL and FAREBOX_KEY_PEPPER are needed to serve")
+    async with AsyncExitStack() as stack:
+        metrics = Metrics()
+        _serve_metrics(settings, metrics, stack)
+        counter = TokenCounter()
+        await counter.start()
+        stack.callback(counter.stop)
+
+        pool = await create_pool(dsn, Role.GATEWAY, size=GATEWAY_CONNECTIONS)
+        stack.push_async_callback(pool.close)
+        holds = HoldLedger(pool)
+
+        async def put_price_version(price_version: str, body: str) -> None:
+            await holds.put_price_version(price_version, body)
+
+        catalog = CatalogReloader(
+            settings.pricing,
+            settings.upstreams,
+            put_price_version,
+            metrics=metrics,
+            poll_seconds=settings.reload_seconds,
+            adapt=adapt,
+        )
+        await catalog.load()
+        stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
+        ledger, lease, settler = await _money(settings, dsn, metrics, timing, stack)
+        control = await create_pool(dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
+        stack.push_async_callback(control.close)
+        authenticator = Authenticator(holds.find_key, peppers)
+        keys = UpstreamKeys(environment(), settings.upstreams.parent)
+        http = HttpClient()
+        stack.push_async_callback(http.close)
+        chat = Chat(
+            catalog=catalog.holder,
+            authenticator=authenticator,
+            limits=_limits(settings),
+            counter=counter,
+            keys=keys,
+            ledger=ledger,
+            lease_held=lease.held,
+            worker_id=lease.worker_id,
+            settler=settler,
+            relay=Relay(http, settler, drains_max=settings.drains_max),
+            dialects=DIALECTS,
+            metrics=metrics,
+            settings=ChatSettings(settings.affordable_cap_tokens_min, settings.send_seconds),
+        )
+        yield Services(
+            settings=settings,
+            metrics=metrics,
+            catalog=catalog,
+            keys=keys,
+            holds=holds,
+            lease=lease,
+            authenticator=authenticator,
+            operations=Operations(ControlLedger(control), peppers),
+            settler=settler,
+            chat=chat,
+        )
+
+
+async def _money(
+    settings: Settings, dsn: str, metrics: Metrics, timing: Timing, stack: AsyncExitStack
+) -> tuple[BatchedLedger, WorkerLease, Settler]:
+    """What holds and charges credits. The lease ends last, after everything that it is the right to do."""
+    open_line = lines_to(dsn)
+
+    def observe(rows: int, seconds: float) -> None:
+        metrics.ledger_call("batch", seconds)
+
+    ledger = BatchedLedger(open_line, limits=BatchLimits(reserve_seconds=settings.reserve_seconds), observe=observe)
+    settler = Settler(ledger, metrics=metrics)
+    lease = WorkerLease(
+        open_line,
+        hostname=platform.node(),
+        release=RELEASE,
+        marks=lambda: (),
+        on_lapse=lambda: settler.cut_all(Ending.LEASE_LAPSED),
+        renew_seconds=timing.renew_seconds,
+    )
+    await lease.start()
+    stack.push_async_callback(lease.stop)
+    await ledger.start()
+    stack.push_async_callback(_stop_ledger, ledger)
+    settler.start()
+    sweeper = Sweeper(
+        open_line,
+        on_expired=lambda expired: metrics.holds_expired(len(expired)),
+        sweep_seconds=timing.sweep_seconds,
+        settled_seconds=timing.settled_seconds,
+    )
+    sweeper.start()
+    stack.push_async_callback(sweeper.stop)
+    metrics.watch(
+        exchanges=lambda: settler.open_exchanges,
+        unsettled=lambda: settler.unsettled,
+        lease_held=lambda: float(lease.held()),
+    )
+    return ledger, lease, settler
+
+
+async def _stop_ledger(ledger: BatchedLedger) -> None:
+    remains = await ledger.stop(LEDGER_STOP_SECONDS)
+    for row in remains.finalizes:
+        log.error("a charge was not written", request_id=str(row.hold_id), charge=row.charge)
+    if remains.holds:
+        log.error("holds are left to the sweeper", holds=[str(hold) for hold in remains.holds])
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _serve_metrics(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> None:
+    if settings.metrics_port:
+        server = MetricsServer(metrics, host=settings.metrics_host, port=settings.metrics_port)
+        try:
+            server.start()
+        except OSError as error:
+            where = f"{settings.metrics_host}:{settings.metrics_port}"
+            raise SettingsError(f"FAREBOX_METRICS_PORT: can't listen on {where}: {error.strerror}") from error
+        stack.callback(server.stop)
+
+
+def _as_it_is(catalog: Catalog) -> Catalog:
+    return catalog
+
+
+def _limits(settings: Settings) -> Limits:
+    default = LimitsProfile(
+        DEFAULT.name,
+        body_bytes_max=settings.body_bytes_max,
+        messages_max=settings.messages_max,
+        json_depth_max=settings.json_depth_max,
+        choices_max=settings.choices_max,
+        header_bytes_max=settings.header_bytes_max,
+        receive_seconds=settings.receive_seconds,
+    )
+    return Limits.of(default, profile=settings.limits_profile)
 
 
 def _routes(services: Services) -> list[BaseRoute]:
     """Every route but chat completions: one line a module."""
-    return []
+    token = services.settings.admin_token
+    return [
+        *health_routes(_health(services)),
+        *models.routes(
+            services.authenticator.authenticate, lambda: services.catalog.holder.current, services.keys.has_key
+        ),
+        *(admin_routes(AdminToken(token.get_secret_value()), services.operations) if token else ()),
+    ]
+
+
+def _health(services: Services) -> Health:
+    """What /readyz looks at."""
+
+    async def admitting() -> None:
+        if services.settler.stopping:
+            raise Problem("shutting down")
+
+    async def lease() -> None:
+        if not services.lease.held():
+            raise Problem("this worker's lease has lapsed")
+
+    async def ledger() -> None:
+        try:
+            await services.holds.find_key("")
+        except LedgerUnavailable:
+            raise Problem("the ledger can't be reached") from None
+
+    def catalog() -> CatalogStatus:
+        state = services.catalog.state
+        return CatalogStatus(state.version, state.models, state.error)
+
+    return Health({"admitting": admitting, "lease": lease, "ledger": ledger}, catalog)
 
 
 def _front(services: Services) -> Front:
     settings = services.settings
     return Front(
-        _not_yet,
+        services.chat.handle,
         Router(routes=_routes(services), redirect_slashes=False),
+        metrics=services.metrics,
         cors_origins=settings.cors_origins,
         exhausted_status=settings.exhausted_status,
     )
-
-
-async def _not_yet(scope: Scope, receive: Receive, send: Send, call: Call) -> None:
-    raise Unavailable("Chat completions aren't wired yet.", code="unavailable")

@@ -7,6 +7,8 @@ Units stand last in a name (``_seconds``, ``_bytes_max``). A secret is a SecretS
 """
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -16,7 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from proxy.core.keys import Peppers
 
-__all__ = ["Settings", "SettingsError", "load"]
+__all__ = ["Settings", "SettingsError", "environment", "load"]
 
 PREFIX = "FAREBOX_"
 ADMIN_TOKEN_CHARS_MIN = 32
@@ -146,6 +148,11 @@ def _check_database_url(url: str) -> None:
         readable = False
     if not readable:
         raise ValueError("is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE") from None
+
+
+def environment() -> Mapping[str, str]:
+    """The live environment, for what looks up the upstream keys that config/upstreams.yaml names."""
+    return os.environ
 
 
 def load(**options: Any) -> Settings:

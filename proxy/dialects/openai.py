@@ -94,7 +94,8 @@ class AnswerDecoder:
     @property
     def between_events(self) -> bool:
         """Whether an event of our own could be sent to the client here."""
-        return self._body is None and self._splitter.between_events
+        # Unless bytes go as they come, what the splitter has begun to read the client hasn't seen.
+        return self._body is None and (not self._as_it_comes or self._splitter.between_events)
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that the client gets for these. Raises AnswerTooLarge."""

@@ -6,8 +6,9 @@ whatever is raised into one OpenAI-shaped error. Plain ASGI: an answer that stre
 
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -15,16 +16,19 @@ import structlog
 from starlette.exceptions import HTTPException
 
 from proxy.core.errors import MethodNotAllowed, NotFound, Refusal
+from proxy.gateway.headers import Headers
 from proxy.gateway.ids import new_request_id
+from proxy.logs import RequestLine, log_request
+from proxy.metrics import Metrics
 
-__all__ = ["Call", "Front", "Headers", "canonical_path", "send_json"]
+__all__ = ["App", "Call", "Front", "Message", "Receive", "Scope", "Send", "canonical_path", "send_json"]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+
 
 log = structlog.get_logger("farebox.front")
 
@@ -58,6 +62,8 @@ class Call:
 
     id: UUID
     headers: Headers
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the route learned, for the request's line in the log: members of ``logs.RequestLine``."""
 
 
 ChatHandler = Callable[[Scope, Receive, Send, Call], Awaitable[None]]
@@ -71,44 +77,71 @@ class Front:
     """
 
     def __init__(
-        self, chat: ChatHandler, router: App, *, cors_origins: Iterable[str] = ("*",), exhausted_status: int = 402
+        self,
+        chat: ChatHandler,
+        router: App,
+        *,
+        metrics: Metrics,
+        cors_origins: Iterable[str] = ("*",),
+        exhausted_status: int = 402,
     ) -> None:
         self._chat = chat
         self._router = router
+        self._metrics = metrics
         self._origins = frozenset(origin.encode() for origin in cors_origins)
         self._exhausted_status = exhausted_status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = time.monotonic()
         path = scope["path"] = canonical_path(scope["path"])
         # Starlette's router reads the root-relative path from here as well.
         scope["raw_path"] = path.encode()
         call = self._open(scope, path)
         scope.setdefault("state", {})["request_id"] = str(call.id)
-        started = False
+        status = 0
 
         async def noting_send(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, noting_send, call)
+        except Exception as error:
+            # The last line: no traceback may reach a client. An answer that has begun is left without an end.
+            log.error("request failed", request_id=str(call.id), path=path, exc_info=error)
+            if not status:
+                await send_json(noting_send, 500, _INTERNAL, call.headers)
+        finally:
+            self._tell(path, status, time.monotonic() - arrived, call)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *call.headers]
             await send(message)
 
         try:
-            if scope["method"] == "OPTIONS" and not path.startswith("/admin"):
+            if scope["method"] == "OPTIONS" and not scope["path"].startswith("/admin"):
                 await _preflight(scope, send, call)
-            elif path == CHAT_PATH:
+            elif scope["path"] == CHAT_PATH:
                 await self._chat_or_405(scope, receive, send, call)
             else:
-                await self._router(scope, receive, noting_send)
+                await self._router(scope, receive, send_with_headers)
         except Refusal as refusal:
             await self._refuse(scope, send, call, refusal)
         except HTTPException as error:
             await self._refuse(scope, send, call, _refusal(scope, error))
-        except Exception as error:
-            # The last line: no traceback may reach a client.
-            log.error("request failed", request_id=str(call.id), path=path, exc_info=error)
-            if not started:
-                await send_json(send, 500, _INTERNAL, call.headers)
+
+    def _tell(self, path: str, status: int, seconds: float, call: Call) -> None:
+        """The metrics and the log learn of the request. Status 499: the client left before it was answered."""
+        route = _route_of(path)
+        status = status or 499
+        self._metrics.request(route, status, seconds)
+        if route != "health":
+            line = RequestLine(request_id=str(call.id), route=route, status=status, seconds=seconds, **call.facts)
+            log_request(log, line)
 
     def _open(self, scope: Scope, path: str) -> Call:
         request_id = new_request_id()
@@ -133,6 +166,7 @@ class Front:
 
     async def _refuse(self, scope: Scope, send: Send, call: Call, refusal: Refusal) -> None:
         status = self._exhausted_status if refusal.status == 402 else refusal.status
+        call.facts["code"] = refusal.code
         headers = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
         await send_json(send, status, refusal.body(), [*call.headers, *headers], head=scope["method"] == "HEAD")
 
@@ -177,6 +211,14 @@ def _refusal(scope: Scope, error: HTTPException) -> Refusal:
         return MethodNotAllowed(message, code="method_not_allowed", headers=dict(error.headers or {}))
     instead = _INSTEAD.get(path, f"Unknown request URL: {method} {path[:200]}.")
     return NotFound(instead, code="unknown_url")
+
+
+def _route_of(path: str) -> str:
+    """The metric's word for a path."""
+    _, first, second, *_ = [*path.split("/", 3), ""]
+    if first == "v1":
+        return second if path != CHAT_PATH else "chat"
+    return "health" if first in ("healthz", "readyz") else first
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

@@ -12,6 +12,7 @@ from proxy.control.operations import Operations
 from proxy.core.errors import NotFound
 from proxy.core.keys import Peppers
 from proxy.gateway.front import Call, Front, Receive, Scope, Send
+from proxy.metrics import Metrics
 from tests.ledger.bank import Bank, open_bank
 from tests.postgres import Database
 
@@ -27,7 +28,7 @@ async def client_of(
     routes: list[BaseRoute], headers: dict[str, str] | None = None
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """An HTTP client whose server is these routes behind the door."""
-    front = Front(_no_chat, Router(routes=routes, redirect_slashes=False))
+    front = Front(_no_chat, Router(routes=routes, redirect_slashes=False), metrics=Metrics())
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # As the composition root does: a router that knows its app raises what it doesn't find.

@@ -1,0 +1,352 @@
+"""POST /v1/chat/completions: from a bearer key to an exchange that will be settled.
+
+    authenticate -> admit -> parse -> route -> bound the tokens -> quote -> reserve -> open -> encode -> relay
+
+Each step takes what the last gave, and every refusal is one raised error. Up to ``reserve`` nothing has been promised;
+from ``Settler.open`` on the exchange has an owner that outlives this handler, which then only writes to its client.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from proxy.core.bounds import byte_bound, input_bound, input_estimate, output_bound, output_estimate
+from proxy.core.catalog import CatalogHolder, PricedOptions, Route, Variant
+from proxy.core.chat import ChatRequest
+from proxy.core.meter import Meter
+from proxy.core.money import AMOUNT_MAX, format_credits
+from proxy.core.pricing import Bounds, affordable_output, quote
+from proxy.dialects.dialect import Dialect
+from proxy.gateway.auth import Authenticator, require_model, require_scope
+from proxy.gateway.channel import Abandoned, BrokenOff
+from proxy.gateway.client import Client
+from proxy.gateway.front import Call, Receive, Scope, Send
+from proxy.gateway.headers import request_headers
+from proxy.gateway.limits import ClientLeft, Limits, check_headers, read_body
+from proxy.gateway.refusals import NOT_NOW, refusal_for, unavailable
+from proxy.gateway.relay import Order, Relay
+from proxy.gateway.settle import Ending, Exchange, Settler, Ticket
+from proxy.gateway.tokens import TokenCounter
+from proxy.gateway.upstream_keys import UpstreamKeys
+from proxy.ledger.errors import LedgerError, LedgerUnavailable
+from proxy.ledger.records import ApiKey, Reserve, Reserved, ReserveOutcome
+from proxy.metrics import Metrics
+
+__all__ = ["Chat", "ChatSettings", "ReservingLedger"]
+
+log = structlog.get_logger("farebox.chat")
+
+# At settlement nobody waits for the count.
+SETTLE_COUNT_SECONDS = 10.0
+# Where even that doesn't count: what a token comes to, in UTF-8, for text of every language.
+BYTES_PER_TOKEN = 3
+
+
+class ReservingLedger(Protocol):
+    """The part of ``BatchedLedger`` that holds credits."""
+
+    async def reserve(self, row: Reserve) -> Reserved:
+        """Hold credits; whoever is cancelled or refused here leaves nothing held."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """``cap_tokens_min``: the least output cap that is sent because a balance is short. Seconds are seconds."""
+
+    cap_tokens_min: int = 64
+    send_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a call may cost. Amounts are microcredits; ``bounds`` are under the cap that was planned with."""
+
+    route: Route
+    variant: Variant
+    price_version: str
+    counted: int | None
+    """The prompt's tokens as counted; None where it couldn't be."""
+    bounds: Bounds
+    want: int
+    floor: int
+    """The quote under the least cap that may be sent instead; ``want`` where the client gave a cap of its own."""
+
+    def at_least(self, key: ApiKey) -> int:
+        """What must be granted: some want no answer rather than a cut one."""
+        return self.floor if key.affordable_cap else self.want
+
+
+@dataclass(frozen=True, slots=True)
+class _Cap:
+    """The output cap, a choice, that is sent because the balance is short (None: none is), and the bounds under it."""
+
+    tokens: int | None
+    bounds: Bounds
+
+
+class Chat:
+    """The handler and what it works with."""
+
+    def __init__(
+        self,
+        *,
+        catalog: CatalogHolder,
+        authenticator: Authenticator,
+        limits: Limits,
+        counter: TokenCounter,
+        keys: UpstreamKeys,
+        ledger: ReservingLedger,
+        lease_held: Callable[[], bool],
+        worker_id: UUID,
+        settler: Settler,
+        relay: Relay,
+        dialects: Mapping[str, Dialect],
+        metrics: Metrics,
+        settings: ChatSettings | None = None,
+    ) -> None:
+        self._catalog = catalog
+        self._authenticator = authenticator
+        self._limits = limits
+        self._counter = counter
+        self._keys = keys
+        self._ledger = ledger
+        self._lease_held = lease_held
+        self._worker_id = worker_id
+        self._settler = settler
+        self._relay = relay
+        self._dialects = dialects
+        self._metrics = metrics
+        self._settings = settings or ChatSettings()
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
+        """Serve one request. Raises Refusal before anything of the answer is written, never after."""
+        arrived = asyncio.get_running_loop().time()
+        try:
+            key, request = await self._admit(scope, receive, call)
+        except ClientLeft:
+            return
+        plan = await self._plan(request)
+        secret = self._keys.key(plan.route.upstream)
+        async with Client(receive, send, send_seconds=self._settings.send_seconds) as client:
+            key, reserved = await self._reserve(key, plan, request, call)
+            cap = _cap(plan, request, reserved.granted)
+            exchange = self._settler.open(self._ticket(key, plan, cap, request, reserved, call))
+            try:
+                order = self._order(scope, key, request, plan, cap, secret)
+            except BaseException:
+                exchange.close(Ending.FAILED)
+                raise
+            if client.left:
+                exchange.close(Ending.CLIENT_LEFT_UNSENT)
+            else:
+                await self._serve(client, exchange, order, call)
+                self._tell(arrived, exchange, client)
+
+    async def _admit(self, scope: Scope, receive: Receive, call: Call) -> tuple[ApiKey, ChatRequest]:
+        """Who asks, and what, within the limits."""
+        if self._settler.stopping:
+            raise unavailable("shutting_down", "Farebox is shutting down; please retry.")
+        if not self._lease_held():
+            raise unavailable("ledger_unavailable", "Farebox has lost its ledger for the moment; please retry.")
+        headers = scope["headers"]
+        key = await self._authenticator.authenticate(headers)
+        call.facts.update(key_id=key.id, account_id=str(key.account_id))
+        require_scope(key, "inference")
+        limits = self._limits.named(key.profile)
+        check_headers(headers, limits)
+        request = ChatRequest.parse(await read_body(receive, headers, limits), limits)
+        require_model(key, request.model)
+        call.facts.update(stream=request.stream)
+        return key, request
+
+    async def _plan(self, request: ChatRequest) -> _Plan:
+        """The route, its price, and the most that the call can cost."""
+        catalog = self._catalog.current
+        route = catalog.route(request.model)
+        variant = route.variant_for(_priced_options(request))
+        counted = await self._counter.count(request.texts)
+        if counted is None:
+            most_in = byte_bound(route.family, request, route.upstream_model)
+        else:
+            most_in = input_bound(route.family, counted, request, route.upstream_model)
+        cap = request.output_cap or route.output_tokens_max
+        bounds = Bounds(
+            input=most_in + variant.extra_input_tokens,
+            output=_most_out(cap, request),
+            audio_in=request.audio_in,
+            audio_out=request.audio_out,
+        )
+        # No account owns AMOUNT_MAX, so what costs more is refused like anything that is too dear.
+        want = floor = min(quote(variant.price, bounds), AMOUNT_MAX)
+        if request.output_cap is None:
+            least = min(self._settings.cap_tokens_min, route.output_tokens_max)
+            floor = min(quote(variant.price, replace(bounds, output=_most_out(least, request))), want)
+        return _Plan(route, variant, catalog.version, counted, bounds, want, floor)
+
+    async def _reserve(self, key: ApiKey, plan: _Plan, request: ChatRequest, call: Call) -> tuple[ApiKey, Reserved]:
+        """Hold the credits. Where the key has changed since it was loaded, load it once more and ask again."""
+        call.facts.update(model=plan.route.model)
+        reserved = await self._try_reserve(key, plan, request, call.id)
+        if reserved.outcome in (ReserveOutcome.KEY_CHANGED, ReserveOutcome.UNKNOWN):
+            key = await self._authenticator.reload(key)
+            require_scope(key, "inference")
+            require_model(key, request.model)
+            reserved = await self._try_reserve(key, plan, request, call.id)
+        if reserved.outcome is not ReserveOutcome.GRANTED:
+            raise refusal_for(reserved, plan.at_least(key))
+        return key, reserved
+
+    async def _try_reserve(self, key: ApiKey, plan: _Plan, request: ChatRequest, hold_id: UUID) -> Reserved:
+        want, at_least = plan.want, plan.at_least(key)
+        facts = (hold_id, key.id, key.version, want, at_least, plan.price_version, plan.route.model, plan.variant.name)
+        row = Reserve(
+            hold_id=hold_id,
+            account_id=key.account_id,
+            key_id=key.id,
+            key_version=key.version,
+            worker_id=self._worker_id,
+            want=want,
+            at_least=at_least,
+            price_version=plan.price_version,
+            model=plan.route.model,
+            variant=plan.variant.name,
+            quote=json.dumps(_quote_note(plan, request, at_least)),
+            fingerprint=hashlib.sha256(repr(facts).encode()).digest(),
+        )
+        try:
+            return await self._ledger.reserve(row)
+        except LedgerUnavailable as error:
+            raise unavailable("ledger_unavailable", NOT_NOW) from error
+        except LedgerError as error:
+            log.error("a reserve was rejected", request_id=str(hold_id), exc_info=error)
+            raise unavailable("ledger_unavailable", NOT_NOW) from error
+
+    def _ticket(
+        self, key: ApiKey, plan: _Plan, cap: _Cap, request: ChatRequest, reserved: Reserved, call: Call
+    ) -> Ticket:
+        async def count(meter: Meter | None) -> tuple[int, int]:
+            return await self._count(plan, request, meter)
+
+        return Ticket(
+            hold_id=call.id,
+            account_id=key.account_id,
+            key_id=key.id,
+            worker_id=self._worker_id,
+            route=plan.route,
+            variant=plan.variant,
+            price_version=plan.price_version,
+            bounds=cap.bounds,
+            granted=reserved.granted,
+            stream=request.stream,
+            cap_sent=cap.tokens,
+            count=count,
+        )
+
+    async def _count(self, plan: _Plan, request: ChatRequest, meter: Meter | None) -> tuple[int, int]:
+        """Tokens of the prompt and of what was said, about as the provider would have reported them."""
+        family, model = plan.route.family, plan.route.upstream_model
+        counted = plan.counted
+        if counted is None:
+            counted = await self._count_patiently(request.texts)
+        prompt = min(input_estimate(family, counted, request, model), plan.bounds.input)
+        if meter is None:
+            return prompt, 0
+        said = meter.scaled(await self._count_patiently(meter.texts()))
+        return prompt, output_estimate(family, said, choices=meter.choices, calls=meter.calls)
+
+    async def _count_patiently(self, texts: "tuple[str, ...] | list[str]") -> int:
+        counted = await self._counter.count(texts, budget_seconds=SETTLE_COUNT_SECONDS)
+        if counted is not None:
+            return counted
+        return sum(len(text.encode(errors="replace")) for text in texts) // BYTES_PER_TOKEN
+
+    def _order(
+        self, scope: Scope, key: ApiKey, request: ChatRequest, plan: _Plan, cap: _Cap, secret: str | None
+    ) -> Order:
+        upstream = plan.route.upstream
+        dialect = self._dialects[upstream.dialect]
+        encoded = dialect.encode(request, plan.route, cap.tokens)
+        headers = dict(request_headers(scope["headers"], key.account_id))
+        headers.setdefault(b"user-agent", b"farebox")
+        # In this order: what the dialect needs stands above the client's, what the operator says above both.
+        for names in (encoded.headers, upstream.headers):
+            headers.update((name.lower().encode(), value.encode()) for name, value in names.items())
+        if secret is not None:
+            headers[b"authorization"] = b"Bearer " + secret.encode()
+        return Order(
+            upstream=upstream,
+            dialect=dialect,
+            path=encoded.path,
+            headers=list(headers.items()),
+            body=encoded.body,
+            stream=request.stream,
+            choices=request.choices,
+            usage_asked=request.usage_asked,
+            usage_forced=encoded.usage_forced,
+            secret=secret,
+        )
+
+    async def _serve(self, client: Client, exchange: Exchange, order: Order, call: Call) -> None:
+        pump = self._relay.start(exchange, order)
+        client.when_left(pump.client_left)
+        headers = list(call.headers)
+        if exchange.ticket.cap_sent is not None:
+            headers.append((b"x-farebox-output-cap", str(exchange.ticket.cap_sent).encode()))
+        try:
+            await client.answer(pump.channel, headers)
+        except (Abandoned, BrokenOff):
+            # Returning without an end is what makes the server break the socket.
+            return
+        finally:
+            # However this ended: from here on nobody reads. After a whole answer it changes nothing.
+            pump.client_left()
+
+    def _tell(self, arrived: float, exchange: Exchange, client: Client) -> None:
+        """The time that Farebox added: before the request went out, and between the upstream's first byte and ours."""
+        if exchange.sent_at is not None and exchange.first_byte_at is not None and client.first_sent_at is not None:
+            added = exchange.sent_at - arrived + client.first_sent_at - exchange.first_byte_at
+            self._metrics.first_byte_added(added)
+
+
+def _priced_options(request: ChatRequest) -> PricedOptions:
+    options = request.options
+    return PricedOptions(
+        service_tier=options.service_tier,
+        web_search=options.web_search is not None,
+        hosted_tools=bool(options.hosted_tools),
+        audio=request.audio_in or request.audio_out,
+        store=options.store,
+    )
+
+
+def _most_out(cap: int, request: ChatRequest) -> int:
+    return output_bound(cap, request.choices, request.options.prediction_bytes)
+
+
+def _cap(plan: _Plan, request: ChatRequest, granted: int) -> _Cap:
+    """The cap that follows from what was granted. Only where that is less than the whole is one sent."""
+    if granted >= plan.want:
+        return _Cap(None, plan.bounds)
+    output = affordable_output(plan.variant.price, plan.bounds, granted)
+    tokens = output // request.choices - request.options.prediction_bytes
+    return _Cap(tokens, replace(plan.bounds, output=_most_out(tokens, request)))
+
+
+def _quote_note(plan: _Plan, request: ChatRequest, at_least: int) -> dict[str, object]:
+    """What the receipt tells of the quote."""
+    return {
+        "quote": format_credits(plan.want),
+        "at_least": format_credits(at_least),
+        "input_tokens_max": plan.bounds.input,
+        "output_tokens_max": plan.bounds.output,
+        "input_counted": plan.counted,
+        "choices": request.choices,
+        "cap_of_client": request.output_cap,
+        "cap_of_route": plan.route.output_tokens_max,
+    }

@@ -1,0 +1,102 @@
+"""The client's side of one request: noticing that it left or doesn't read, and writing what the channel brings.
+
+A handler is not told of a disconnect; only ``receive()`` is. So one task waits on it from the moment the body is in
+until the answer is out, streaming or not. A client that keeps its socket open and doesn't read blocks ``send``, since
+the server bounds what it buffers; after ``send_seconds`` without progress it counts as gone.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from proxy.gateway.channel import Abandoned, Channel
+from proxy.gateway.front import Receive, Send
+from proxy.gateway.headers import Headers
+
+__all__ = ["Client"]
+
+
+class Client:
+    """An async context manager around the time in which the client is waited on. Times are seconds."""
+
+    def __init__(self, receive: Receive, send: Send, *, send_seconds: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._send_seconds = send_seconds
+        self._loop = asyncio.get_running_loop()
+        self._watch: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._sending_since: float | None = None
+        self._on_left: Callable[[], None] | None = None
+        self._stalled = False
+        self.left = False
+        """Whether it is gone, or as good as gone."""
+        self.first_sent_at: float | None = None
+        """The loop's time when the answer's first bytes were handed to the server."""
+
+    async def __aenter__(self) -> "Client":
+        self._watch = self._loop.create_task(self._watch_for_leaving())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watch is not None:
+            # Not awaited: it ends by itself in the next turn of the loop, and nothing depends on when.
+            self._watch.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def when_left(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called when the client leaves; at once where it has left already."""
+        self._on_left = call
+        if self.left:
+            call()
+
+    async def answer(self, channel: Channel, ours: Headers) -> None:
+        """Write the channel's head, with our headers added, and its bytes as they come, to a whole end.
+
+        Raises the refusal that the channel brings instead of a head (nothing was written then), Abandoned, or
+        BrokenOff: the caller returns without an end, upon which the server breaks the socket.
+        """
+        self._writer = asyncio.current_task()
+        self._timer = self._loop.call_later(self._send_seconds / 4, self._look)
+        try:
+            head = await channel.head()
+            await self._write({"type": "http.response.start", "status": head.status, "headers": [*head.headers, *ours]})
+            more = True
+            while more:
+                data = await channel.get()
+                more = not channel.finished
+                await self._write({"type": "http.response.body", "body": data, "more_body": more})
+                if self.first_sent_at is None:
+                    self.first_sent_at = self._loop.time()
+        except asyncio.CancelledError:
+            if not self._stalled:
+                raise
+            raise Abandoned from None
+
+    async def _write(self, message: dict[str, object]) -> None:
+        self._sending_since = self._loop.time()
+        await self._send(message)
+        self._sending_since = None
+
+    def _look(self) -> None:
+        """Every now and then: is a write stuck? One timer an answer costs less than a time limit on each write."""
+        since, now = self._sending_since, self._loop.time()
+        if since is None or now - since < self._send_seconds:
+            self._timer = self._loop.call_later(self._send_seconds / 4, self._look)
+            return
+        self._stalled = True
+        self._leave()
+        if self._writer is not None:
+            self._writer.cancel()
+
+    async def _watch_for_leaving(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self.left:
+            self.left = True
+            if self._on_left is not None:
+                self._on_left()

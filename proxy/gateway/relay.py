@@ -1,0 +1,351 @@
+"""The relay: reads an upstream's answer to its end, whatever the client does, and meters it on the way.
+
+The *pump* runs in a task of the settler's, not of the request's. It puts what it reads into a bounded channel, feeds
+the dialect's decoder, and closes the exchange with how the answer ended. When the client leaves, it reads on without
+one for as long as the upstream's ``drain_seconds`` allow, since the usage comes last.
+
+What the client may never see is a cut answer that looks whole: an upstream that breaks, stalls or stops without having
+said that it was done ends in an error event and a broken socket.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from proxy.core.catalog import Upstream
+from proxy.core.errors import Refusal, Unavailable, UpstreamError
+from proxy.core.meter import Ending as AnswerEnding
+from proxy.core.sse import AnswerTooLarge
+from proxy.dialects.dialect import Decoder, Dialect
+from proxy.gateway.channel import Channel, Head
+from proxy.gateway.headers import Headers, answer_headers
+from proxy.gateway.settle import Ending, Exchange, Settler
+from proxy.gateway.upstream import (
+    Answer,
+    UpstreamBroken,
+    UpstreamClient,
+    UpstreamFault,
+    UpstreamStalled,
+    UpstreamUnreachable,
+)
+
+__all__ = ["Order", "Pump", "Relay"]
+
+log = structlog.get_logger("farebox.relay")
+
+# An answer that isn't a stream is relayed when it is whole, so that one cut short can be refused with a status.
+BODY_BYTES_MAX = 64 * 1024 * 1024
+ERROR_BYTES_MAX = 1024 * 1024
+# How long an upstream may keep its socket open after [DONE]: the client has everything and is waiting for the end.
+TAIL_SECONDS = 5.0
+
+_STREAM_HEADERS: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to send to which upstream. ``secret`` is the upstream's key, to be kept out of what the client sees."""
+
+    upstream: Upstream
+    dialect: Dialect
+    path: str
+    headers: Headers
+    body: bytes
+    stream: bool
+    choices: int
+    usage_asked: bool
+    usage_forced: bool
+    secret: str | None
+
+
+class Relay:
+    """Starts pumps. ``drains_max`` bounds how many answers are read on at once for clients that have left."""
+
+    def __init__(self, client: UpstreamClient, settler: Settler, *, drains_max: int = 500) -> None:
+        self.client = client
+        self.settler = settler
+        self.drains_max = drains_max
+        self.drains = 0
+
+    def start(self, exchange: Exchange, order: Order) -> "Pump":
+        """Send the order; its answer comes through the pump's channel."""
+        pump = Pump(self, exchange, order)
+        pump.start()
+        return pump
+
+
+class Pump:
+    """The reading of one answer."""
+
+    def __init__(self, relay: Relay, exchange: Exchange, order: Order) -> None:
+        self.channel = Channel()
+        self._relay = relay
+        self._exchange = exchange
+        self._order = order
+        self._decoder: Decoder | None = None
+        self._left = False
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        """Begin, in a task that no request owns."""
+        self._exchange.cut = self.cut
+        self._task = self._relay.settler.own(self._run())
+
+    def client_left(self) -> None:
+        """Nobody reads any more: drain, within the limits."""
+        self.channel.abandon()
+        if self._left or self._exchange.ending is not None:
+            return
+        self._left = True
+        self._relay.drains += 1
+        if self._relay.drains > self._relay.drains_max:
+            self.cut(Ending.CLIENT_LEFT_CUT)
+        else:
+            seconds = self._order.upstream.drain_seconds
+            self._drain_timer = self._loop.call_later(seconds, self.cut, Ending.CLIENT_LEFT_CUT)
+
+    def cut(self, ending: Ending) -> None:
+        """End it now. It closes the exchange itself: a task that is cancelled before its first step never runs."""
+        self._exchange.close(ending)
+        self._give_up(_refusal(ending))
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        answer: Answer | None = None
+        order, exchange = self._order, self._exchange
+        try:
+            exchange.sent_at = self._loop.time()
+            answer = await self._relay.client.post(order.upstream, order.path, order.headers, order.body)
+            await self._read(answer)
+        except (UpstreamFault, AnswerTooLarge) as fault:
+            ending = _ENDINGS.get(type(fault), Ending.UPSTREAM_INCOMPLETE)
+            log.warning(
+                "upstream failed",
+                upstream=order.upstream.name,
+                request_id=str(exchange.ticket.hold_id),
+                reason=str(fault),
+            )
+            exchange.close(ending)
+            self._give_up(_refusal(ending))
+        except asyncio.CancelledError:
+            self.cut(Ending.SHUTDOWN)
+            raise
+        except Exception as error:
+            log.error("relay failed", request_id=str(exchange.ticket.hold_id), exc_info=error)
+            exchange.close(Ending.FAILED)
+            self._give_up(_refusal(Ending.FAILED))
+        finally:
+            if self._left:
+                self._relay.drains -= 1
+            if self._drain_timer is not None:
+                self._drain_timer.cancel()
+            if answer is not None:
+                await answer.close()
+
+    def _give_up(self, refusal: Refusal) -> None:
+        """No whole answer will come: a status where none was sent, else a broken end."""
+        if self.channel.started:
+            # In the middle of an event, one of our own would only make it unreadable; the broken socket says enough.
+            between = self._decoder is None or self._decoder.between_events
+            self.channel.break_off(_error_event(refusal) if between else b"")
+        else:
+            self.channel.fail(refusal)
+
+    def _close(self, ending: Ending) -> None:
+        left = self._left and ending is Ending.COMPLETE
+        self._exchange.close(Ending.CLIENT_LEFT if left else ending)
+
+    # One answer, by what it is.
+
+    async def _read(self, answer: Answer) -> None:
+        exchange = self._exchange
+        exchange.upstream_status = answer.status
+        headers = answer_headers(answer.headers)
+        exchange.upstream_request_id = _text(headers, b"x-upstream-request-id")
+        if not 200 <= answer.status < 300:
+            await self._refuse(answer, headers)
+        elif _text(answer.headers, b"content-encoding") not in (None, "", "identity"):
+            exchange.close(Ending.UPSTREAM_REFUSED)
+            self.channel.fail(_upstream_error("upstream_encoded", "The upstream sent a compressed answer unasked."))
+        else:
+            if self._order.stream:
+                self.channel.start(Head(answer.status, [*headers, *_STREAM_HEADERS]))
+                await self._read_stream(answer.chunks())
+            else:
+                await self._read_body(Head(answer.status, headers), answer.chunks())
+
+    async def _read_stream(self, chunks: AsyncIterator[bytes]) -> None:
+        order = self._order
+        decoder = self._decoder = order.dialect.stream_decoder(
+            order.usage_asked, usage_forced=order.usage_forced, choices=order.choices
+        )
+        meter = self._exchange.meter = decoder.meter
+        async for chunk in chunks:
+            if self._exchange.first_byte_at is None:
+                self._exchange.first_byte_at = self._loop.time()
+            await self._pass_on(decoder, chunk)
+            if meter.done:
+                await self._read_tail(decoder, chunks)
+                break
+        last = decoder.finish()
+        ending = _STREAM_ENDINGS[meter.ending]
+        self._close(ending)
+        if ending is Ending.UPSTREAM_INCOMPLETE:
+            self._give_up(_refusal(ending))
+        else:
+            # An error that the upstream sent as an event has been passed on: the client knows.
+            self.channel.put_at_once(last)
+            self.channel.end()
+
+    async def _pass_on(self, decoder: Decoder, chunk: bytes) -> None:
+        data = decoder.feed(chunk)
+        if decoder.meter.done:
+            # Before the client sees it: some clients close at [DONE], and then ask for their balance.
+            self._close(_STREAM_ENDINGS[decoder.meter.ending])
+        if data:
+            await self.channel.put(data)
+
+    async def _read_tail(self, decoder: Decoder, chunks: AsyncIterator[bytes]) -> None:
+        """What comes after the end mark, if anything does: the answer is whole, so nothing here can spoil it."""
+        try:
+            async with asyncio.timeout(TAIL_SECONDS):
+                async for chunk in chunks:
+                    await self._pass_on(decoder, chunk)
+        except (TimeoutError, UpstreamFault) as error:
+            log.debug("upstream kept open after the end", upstream=self._order.upstream.name, reason=str(error))
+
+    async def _read_body(self, head: Head, chunks: AsyncIterator[bytes]) -> None:
+        """An answer in one piece, passed on when it is whole."""
+        body = await self._read_all(chunks, BODY_BYTES_MAX)
+        meter = self._exchange.meter = self._order.dialect.decode_body(body, choices=self._order.choices)
+        self._close(_BODY_ENDINGS[meter.ending])
+        self._pass_whole(head, body)
+
+    def _pass_whole(self, head: Head, body: bytes) -> None:
+        self.channel.start(Head(head.status, [*head.headers, (b"content-length", str(len(body)).encode())]))
+        self.channel.put_at_once(body)
+        self.channel.end()
+
+    async def _refuse(self, answer: Answer, headers: Headers) -> None:
+        """An answer that isn't a success. The hold is given back before the client reads why."""
+        try:
+            body = await self._read_all(answer.chunks(), ERROR_BYTES_MAX)
+        except (UpstreamFault, AnswerTooLarge) as error:
+            log.warning("upstream's error can't be read", upstream=self._order.upstream.name, reason=str(error))
+            body = b""
+        self._close(Ending.UPSTREAM_REFUSED)
+        refusal = _operators_trouble(answer.status, body)
+        if refusal is not None:
+            log.error(
+                "upstream refused the operator",
+                upstream=self._order.upstream.name,
+                status=answer.status,
+                code=refusal.code,
+            )
+            self.channel.fail(refusal)
+            return
+        if self._order.secret:
+            body = body.replace(self._order.secret.encode(), b"[redacted]")
+        self._pass_whole(Head(answer.status, headers), body)
+
+    async def _read_all(self, chunks: AsyncIterator[bytes], bytes_max: int) -> bytes:
+        """Everything, in one piece. Raises AnswerTooLarge."""
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in chunks:
+            if self._exchange.first_byte_at is None:
+                self._exchange.first_byte_at = self._loop.time()
+            size += len(chunk)
+            if size > bytes_max:
+                raise AnswerTooLarge(f"the upstream's answer is larger than {bytes_max} bytes")
+            parts.append(chunk)
+        return b"".join(parts)
+
+
+def _operators_trouble(status: int, body: bytes) -> Refusal | None:
+    """Our own refusal, where the upstream refuses the operator and not the client; its body then stays here.
+
+    Passed on as it is, a 401 would tell an app that *its* key is bad.
+    """
+    if status == 429 and not _is_quota(body):
+        return None
+    return _upstream_error(*_OPERATORS[status], retry=False) if status in _OPERATORS else _redirect(status)
+
+
+def _redirect(status: int) -> Refusal | None:
+    if status < 400:
+        return _upstream_error("upstream_redirect", "The upstream answered with a redirect, which isn't followed.")
+    return None
+
+
+def _is_quota(body: bytes) -> bool:
+    """Whether a 429 says that the operator's account is empty, which no retry of the client's mends."""
+    try:
+        error = json.loads(body).get("error")
+        return "insufficient_quota" in (error.get("code"), error.get("type"))
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _text(headers: Headers, name: bytes) -> str | None:
+    for key, value in headers:
+        if key.lower() == name:
+            return value.decode("latin-1").strip()
+    return None
+
+
+def _error_event(refusal: Refusal) -> bytes:
+    return b"data: " + json.dumps(refusal.body()).encode() + b"\n\n"
+
+
+def _upstream_error(code: str, message: str, *, retry: bool = True) -> UpstreamError:
+    return UpstreamError(message, code=code, headers={} if retry else {"x-should-retry": "false"})
+
+
+def _refusal(ending: Ending) -> Refusal:
+    """What the client is told of an ending that isn't its own."""
+    kind, code, message = _TOLD[ending]
+    return kind(message, code=code)
+
+
+_CREDENTIALS = ("upstream_credentials", "The upstream refused Farebox's own credentials. Your API key is not at fault.")
+_QUOTA = ("upstream_quota", "The upstream refused: the operator's account there is exhausted. Your credits are not.")
+_OPERATORS = {401: _CREDENTIALS, 403: _CREDENTIALS, 407: _CREDENTIALS, 402: _QUOTA, 429: _QUOTA}
+
+_ENDINGS: Mapping[type[Exception], Ending] = {
+    UpstreamUnreachable: Ending.UPSTREAM_UNREACHABLE,
+    UpstreamStalled: Ending.UPSTREAM_STALLED,
+    UpstreamBroken: Ending.UPSTREAM_INCOMPLETE,
+}
+
+_STREAM_ENDINGS: Mapping[AnswerEnding, Ending] = {
+    AnswerEnding.COMPLETE: Ending.COMPLETE,
+    AnswerEnding.ERROR: Ending.UPSTREAM_ERROR,
+    AnswerEnding.TRUNCATED: Ending.UPSTREAM_INCOMPLETE,
+    AnswerEnding.EMPTY: Ending.UPSTREAM_INCOMPLETE,
+}
+# A body that came to its end is what the upstream had to say, even if it isn't an answer: it is passed on, and free.
+_BODY_ENDINGS: Mapping[AnswerEnding, Ending] = {
+    AnswerEnding.COMPLETE: Ending.COMPLETE,
+    AnswerEnding.ERROR: Ending.UPSTREAM_ERROR,
+    AnswerEnding.TRUNCATED: Ending.UPSTREAM_ERROR,
+    AnswerEnding.EMPTY: Ending.UPSTREAM_ERROR,
+}
+
+_BROKEN = "The upstream's answer broke off before its end."
+_TOLD: Mapping[Ending, tuple[type[Refusal], str, str]] = {
+    Ending.UPSTREAM_UNREACHABLE: (UpstreamError, "upstream_unreachable", "The upstream can't be reached."),
+    Ending.UPSTREAM_STALLED: (UpstreamError, "upstream_timeout", "The upstream didn't answer in time."),
+    Ending.UPSTREAM_INCOMPLETE: (UpstreamError, "upstream_incomplete", _BROKEN),
+    Ending.CLIENT_LEFT_CUT: (UpstreamError, "client_left", "The client left."),
+    Ending.SHUTDOWN: (Unavailable, "shutting_down", "Farebox is shutting down; what was answered so far is charged."),
+    Ending.LEASE_LAPSED: (Unavailable, "ledger_unavailable", "Farebox lost its ledger and had to stop this answer."),
+    Ending.TOO_LONG: (UpstreamError, "upstream_too_long", "The answer took longer than any answer may."),
+    Ending.FAILED: (Unavailable, "internal_error", "Farebox failed while it relayed this answer."),
+}
