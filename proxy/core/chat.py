@@ -26,10 +26,10 @@ _NO_PROMPT = frozenset(
     {
         "audio", "frequency_penalty", "function_call", "include_reasoning", "logit_bias", "logprobs",
         "max_completion_tokens", "max_tokens", "messages", "metadata", "modalities", "model", "n",
-        "parallel_tool_calls", "presence_penalty", "prompt_cache_key", "prompt_cache_retention", "provider",
-        "reasoning", "reasoning_effort", "safety_identifier", "seed", "service_tier", "stop", "store", "stream",
-        "stream_options", "temperature", "thinking", "tool_choice", "top_k", "top_logprobs", "top_p", "usage", "user",
-        "verbosity",
+        "parallel_tool_calls", "prediction", "presence_penalty", "prompt_cache_key", "prompt_cache_retention",
+        "provider", "reasoning", "reasoning_effort", "safety_identifier", "seed", "service_tier", "stop", "store",
+        "stream", "stream_options", "temperature", "thinking", "tool_choice", "top_k", "top_logprobs", "top_p",
+        "usage", "user", "verbosity",
     }
 )  # fmt: skip
 

@@ -45,10 +45,10 @@ def check_types(fields: Mapping[str, Any], *, choices_max: int, setting: str) ->
     for name in ("model", "messages"):
         if fields.get(name) is None:
             raise InvalidRequest(f"{name!r} is required.", code="missing_required_parameter", param=name)
-    for name, (wanted, fits) in _TYPES.items():
-        value = fields.get(name)
-        if value is not None and not fits(value):
-            raise InvalidRequest(f"{name!r} must be {wanted}.", code="invalid_type", param=name)
+    for name, value in fields.items():
+        rule = _TYPES.get(name)
+        if rule is not None and value is not None and not rule[1](value):
+            raise InvalidRequest(f"{name!r} must be {rule[0]}.", code="invalid_type", param=name)
     _check_model(fields["model"])
     _check_range("n", fields.get("n"), choices_max, f" ({setting})")
     for name in CAP_KEYS:
@@ -57,8 +57,8 @@ def check_types(fields: Mapping[str, Any], *, choices_max: int, setting: str) ->
 
 def refuse_unpriceable(fields: Mapping[str, Any]) -> None:
     """Refuse what multiplies the work, or switches the model, behind the price's back. Raises InvalidRequest."""
-    for name, harmless in _UNPRICEABLE.items():
-        if name in fields and not harmless(fields[name]):
+    for name in _UNPRICEABLE.keys() & fields.keys():
+        if not _UNPRICEABLE[name](fields[name]):
             raise InvalidRequest(
                 f"{name!r} can raise what the provider charges in a way that no price here covers: leave it out.",
                 code="unpriced_option",
@@ -68,11 +68,13 @@ def refuse_unpriceable(fields: Mapping[str, Any]) -> None:
 
 def read_options(fields: Mapping[str, Any]) -> Options:
     """What the request asks for beside text. The types have been checked."""
+    if _OPTION_FIELDS.isdisjoint(fields):
+        return _NO_OPTIONS
     modalities = fields.get("modalities") or []
     return Options(
         service_tier=fields.get("service_tier"),
         web_search=next((name for name, asks in _WEB_SEARCH.items() if asks(fields.get(name))), None),
-        hosted_tools=(*_hosted(fields.get("tools") or []), *(["plugins"] if fields.get("plugins") else [])),
+        hosted_tools=(*_hosted(fields.get("tools") or []), *(name for name in _HOSTED_FIELDS if fields.get(name))),
         audio_out="audio" in modalities or fields.get("audio") is not None,
         store=fields.get("store") is True,
         reasoning_effort=fields.get("reasoning_effort"),
@@ -188,6 +190,18 @@ _WEB_SEARCH: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
+# Fields that put work or text of the provider's own into a call, as its hosted tools do.
+_HOSTED_FIELDS = ("plugins", "data_sources", "mcp_servers")
+
+
+_OPTION_FIELDS = frozenset(
+    {"service_tier", "tools", "modalities", "audio", "store", "reasoning_effort", "prediction"}
+    | _WEB_SEARCH.keys()
+    | set(_HOSTED_FIELDS)
+)
+_NO_OPTIONS = Options()
+
+
 def _one(value: Any) -> bool:
     return value is None or (type(value) is int and value == 1)
 
@@ -216,5 +230,7 @@ _UNPRICEABLE: Mapping[str, Callable[[Any], bool]] = {
     "models": _empty,  # a list of other models to fall back to
     "fallbacks": _empty,
     "speed": _standard,  # a dearer lane
+    "deferred": _off,  # the answer would be fetched later, past the meter
+    "background": _off,
     "modalities": _text_or_audio,  # pictures have their own price
 }

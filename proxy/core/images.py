@@ -20,10 +20,10 @@ def _tiles(base: int, per_tile: int) -> ImageRule:
     """OpenAI's tiles: fit into 2,048, then the short side to 768, then 512-pixel tiles; at most eight."""
 
     def tokens(image: Image) -> int:
-        if image.width is None or image.height is None:
-            return base + 8 * per_tile
         if image.detail == "low":
             return base
+        if image.width is None or image.height is None:
+            return base + 8 * per_tile
         width, height = _fit(image.width, image.height, longest=2_048)
         scale = min(1.0, 768 / min(width, height))
         return base + per_tile * min(8, _ceil(width * scale, 512) * _ceil(height * scale, 512))

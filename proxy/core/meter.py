@@ -147,8 +147,12 @@ class Meter:
         reason = choice.get("finish_reason")
         if reason is not None:
             self._finished[kept.index] = str(reason)[:64]
+            if reason == "error":
+                self.error = choice.get("error") or {"finish_reason": reason}
         if choice.get("error"):
             self.error = choice["error"]
+        if choice.get("usage") is not None:  # Moonshot's place for it
+            self._observe_usage(choice["usage"], at_end=reason is not None)
 
     def _choice(self, index: int) -> "_Choice":
         kept = self._choices.get(index)

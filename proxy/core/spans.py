@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _BLANKS = re.compile(r"[ \t\n\r]*")
+_PLAIN_KEY = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +84,24 @@ def read_object(
 
 
 def _read_member(text: str, at: int, decoder: JSONDecoder) -> Member:
+    plain = _PLAIN_KEY.match(text, at)
+    if plain:
+        key, start = plain[1], plain.end()
+    else:
+        key, start = _read_odd_key(text, at, decoder)
+    value, end = decoder.raw_decode(text, start)
+    return Member(key, value, at, start, end)
+
+
+def _read_odd_key(text: str, at: int, decoder: JSONDecoder) -> tuple[str, int]:
+    """A key with escapes in it, and where its value begins; or the error that says what stands there instead."""
     if text[at : at + 1] != '"':
         raise JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
     key, colon = decoder.raw_decode(text, at)
     colon = skip_blanks(text, colon)
     if text[colon : colon + 1] != ":":
         raise JSONDecodeError("Expecting ':' delimiter", text, colon)
-    start = skip_blanks(text, colon + 1)
-    value, end = decoder.raw_decode(text, start)
-    return Member(key, value, at, start, end)
+    return key, skip_blanks(text, colon + 1)
 
 
 def without_members(text: str, members: Sequence[Member], keys: Container[str]) -> str:

@@ -65,7 +65,7 @@ class OpenAI:
 
     def read_error(self, body: bytes) -> AnswerError | None:
         """What an error body says, in any of the shapes that providers use; None where it is none of them."""
-        value = _loads(body)
+        value = _first(_loads(body))
         return _error(value) if isinstance(value, dict) else None
 
 
@@ -169,7 +169,7 @@ class AnswerDecoder:
         return chunk
 
     def _read_body(self) -> None:
-        body = _loads(bytes(self._body or b""))
+        body = _first(_loads(bytes(self._body or b"")))
         if isinstance(body, dict):
             self.meter.observe_body(body)
         else:
@@ -241,6 +241,11 @@ def _loads(data: bytes) -> Any:
         except ValueError:
             continue
     return None
+
+
+def _first(value: Any) -> Any:
+    """Google's errors come in an array."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def _error(body: Mapping[str, Any]) -> AnswerError | None:

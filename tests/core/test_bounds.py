@@ -95,6 +95,7 @@ def test_pictures_by_each_models_rule(family: str, model: str, size: tuple[int, 
 
 def test_little_detail_is_one_tile() -> None:
     assert image_rule("gpt-4", "gpt-4o")(Image(1, 4000, 4000, "low")) == 85
+    assert image_rule("gpt-4", "gpt-4o")(Image(None, detail="low")) == 85
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 2**31), st.integers(1, 2**31))

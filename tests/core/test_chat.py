@@ -187,6 +187,7 @@ class TestTypes:
         "fields",
         [
             {"best_of": 5}, {"best_of": "1"}, {"use_beam_search": True}, {"num_beams": 4}, {"num_return_sequences": 2},
+            {"deferred": True},
             {"models": ["other"]}, {"fallbacks": [{"model": "x"}]}, {"speed": "fast"}, {"modalities": ["image"]},
         ],
     )  # fmt: skip
@@ -260,9 +261,10 @@ class TestFacts:
                 reasoning_effort="high",
                 prediction={"type": "content", "content": "äb"},
                 plugins=[{"id": "web"}],
+                data_sources=[{"type": "search"}],
             )
         )
-        assert request.options.hosted_tools == ("web_search", "unknown", "plugins")
+        assert request.options.hosted_tools == ("web_search", "unknown", "plugins", "data_sources")
         assert request.options.web_search == "web_search_options"
         assert request.options.reasoning_effort == "high"
         assert request.options.prediction_bytes == len("content") + 3

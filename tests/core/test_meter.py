@@ -44,6 +44,10 @@ class TestUsage:
         meter = meter_of(chunk({"content": "a"}), chunk(finish="stop", x_groq={"usage": REPORT}))
         assert meter.usage(PLAIN) == Usage(input=10, output=4)
 
+    def test_a_report_inside_a_choice(self) -> None:
+        inside = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": REPORT}]}
+        assert meter_of(chunk({"content": "a"}), inside).usage(PLAIN) == Usage(input=10, output=4)
+
     def test_a_running_report_is_not_the_whole_answers(self) -> None:
         running = [chunk({"content": "a"}, usage=REPORT), chunk({"content": "b"}, usage=REPORT)]
         assert meter_of(*running).usage(PLAIN) is None
@@ -94,6 +98,7 @@ class TestEnding:
             {"error": {"message": "x"}},
             chunk(x_groq={"error": "x"}),
             {"choices": [{"index": 0, "error": {"code": 1}}]},
+            chunk(finish="error"),
         ):
             meter = meter_of(chunk({"content": "a"}), bad)
             meter.observe_done()
