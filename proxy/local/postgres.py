@@ -12,6 +12,7 @@ its life to ours.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -175,7 +176,7 @@ class Cluster:
             return None
         holder = _running_holder(self.state)
         secret = self.state.read_json("database.json")
-        if holder is None or not holder.socket_directory or secret is None:
+        if holder is None or secret is None or not _answers(holder.socket_directory):
             self._users.close()
             return None
         return ClusterAddress(holder.socket_directory, secret["passwords"])
@@ -296,6 +297,18 @@ def _held_by(state: StateDirectory, holder: Holder | None) -> HeldBySomeoneElse:
         "Stop that one first, or set FAREBOX_STATE_DIR to a directory of its own.",
         holder,
     )
+
+
+def _answers(socket_directory: str) -> bool:
+    """Whether a server listens there: one that was killed may leave its watchdog, and the lock, for a moment."""
+    if not socket_directory:
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(f"{socket_directory}/.s.PGSQL.{PORT}")
+        except OSError:
+            return False
+    return True
 
 
 def _is_ready(data: Path) -> bool:

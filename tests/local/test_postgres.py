@@ -201,6 +201,16 @@ def test_another_process_attaches_and_the_owner_waits_for_it(state: Path) -> Non
     owner.close()
 
 
+def test_nobody_attaches_to_a_server_that_was_killed(state: Path) -> None:
+    """Its watchdog has stopped looking, so that the lock is still held."""
+    with Other(state, how="open") as other:
+        os.kill(other.watchdog, signal.SIGSTOP)
+        os.kill(postmaster(state / "postgres/data"), signal.SIGKILL)
+        assert eventually(lambda: not postgres._answers(str(state / "postgres/socket")))
+        assert cluster(state).attach() is None
+        os.kill(other.watchdog, signal.SIGCONT)
+
+
 def test_attaching_to_nothing_is_none(state: Path) -> None:
     assert cluster(state).attach() is None
     made = cluster(state)
