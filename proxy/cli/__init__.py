@@ -5,6 +5,7 @@ import sys
 import typer
 
 from proxy.cli import accounts, book, credits, keys, pricing
+from proxy.cli.demo import demo
 from proxy.cli.migrate import migrate
 from proxy.cli.serve import serve
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
+app.command()(demo)
 app.command()(migrate)
 app.add_typer(accounts.app, name="accounts")
 app.add_typer(keys.app, name="keys")

@@ -18,7 +18,9 @@ from proxy.control.reload import read_catalog
 from proxy.core.yaml_reader import ConfigError
 from proxy.ledger.connect import Role, connect
 from proxy.ledger.migrate import schema_state
+from proxy.local.postgres import refuse_if_served
 from proxy.local.serving import Stop, base_url, listen, serving
+from proxy.local.state import StateDirectory
 from proxy.logs import Redactor, configure
 from proxy.settings import Settings, load
 
@@ -37,6 +39,8 @@ def serve(
     with reporting(as_json=as_json):
         settings = load(host=host, port=port, pricing=pricing, upstreams=upstreams, database_url=database_url)
         _require_usable(settings)
+        if settings.database_url is None:
+            refuse_if_served(StateDirectory(settings.state_dir))
         # Before the database is started, so that a busy port is found out at once.
         listener = listen(settings.host, settings.port)
         try:
