@@ -1,5 +1,6 @@
 """`farebox demo` as a newcomer meets it: started, tried as printed, stopped, started again, killed."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 
@@ -49,18 +50,17 @@ class Demo:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(state, port), stdout=subprocess.PIPE, stderr=self.log, text=True
         )
-        self.text = self._read()
+        self.text = ""
 
-    def _read(self) -> str:
+    def read(self) -> None:
+        """Wait for what it prints when it is ready."""
         assert self.process.stdout is not None
-        text = ""
-        while not text.endswith("\nEND\n"):
+        while not self.text.endswith("\nEND\n"):
             line = self.process.stdout.readline()
             if not line:
                 self.log.seek(0)
                 pytest.fail(f"the demo ended with {self.process.wait()}: {self.log.read()}")
-            text += line
-        return text
+            self.text += line
 
     @property
     def key(self) -> str:
@@ -90,11 +90,15 @@ class Demo:
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
-        status = self.process.wait(30)
+        return self.process.wait(30)
+
+    def close(self) -> None:
+        """End it, whatever became of it."""
+        self.process.kill()
+        self.process.wait(30)
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.log.close()
-        return status
 
 
 @pytest.fixture
@@ -111,6 +115,20 @@ def port() -> int:
         probe.bind(("127.0.0.1", 0))
         found: int = probe.getsockname()[1]
         return found
+
+
+@pytest.fixture
+def start(state: Path, port: int) -> Iterator[Callable[..., Demo]]:
+    """Starts the demo; what a test leaves running is ended."""
+    with contextlib.ExitStack() as stack:
+
+        def start_one(**options: bool) -> Demo:
+            demo = Demo(state, port, **options)
+            stack.callback(demo.close)
+            demo.read()
+            return demo
+
+        yield start_one
 
 
 def command(state: Path, port: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -138,8 +156,8 @@ def open_port(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_newcomer_tries_what_is_printed(state: Path, port: int) -> None:
-    demo = Demo(state, port)
+def test_a_newcomer_tries_what_is_printed(start: Callable[..., Demo], state: Path, port: int) -> None:
+    demo = start()
     ready = READY.search(demo.text)
     assert ready
     assert ready[1] == f"http://127.0.0.1:{port}/v1"
@@ -163,31 +181,30 @@ def test_a_newcomer_tries_what_is_printed(state: Path, port: int) -> None:
     assert demo.end(signal.SIGTERM) == 0
     assert not is_running(server)
 
-    again = Demo(state, port)
+    again = start()
     assert again.key == demo.key
     assert balance(state, port) == left, "the second start granted something"
     assert again.end(signal.SIGINT) == 0
     assert balance(state, port) == left, "the CLI starts the database where nobody runs it"
 
 
-def test_kill_9_leaves_nothing_running(state: Path, port: int) -> None:
-    demo = Demo(state, port)
+def test_kill_9_leaves_nothing_running(start: Callable[..., Demo], port: int) -> None:
+    demo = start()
     server = demo.server
     demo.end(signal.SIGKILL)
     assert eventually(lambda: not is_running(server) and not open_port(port), seconds=2)
 
 
-def test_the_death_of_make_ends_it_too(state: Path, port: int) -> None:
-    demo = Demo(state, port, below=True)
+def test_the_death_of_make_ends_it_too(start: Callable[..., Demo], port: int) -> None:
+    demo = start(below=True)
     server = demo.server
     demo.process.send_signal(signal.SIGKILL)
     assert eventually(lambda: not is_running(server) and not open_port(port), seconds=5)
-    demo.end(signal.SIGKILL)
 
 
-def test_a_provider_key_in_the_shell_is_no_consent(state: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_key_in_the_shell_is_no_consent(start: Callable[..., Demo], monkeypatch: pytest.MonkeyPatch) -> None:
     """With it the demo still answers from its own upstream, whose text nobody else writes."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-lying-around")
-    demo = Demo(state, port)
+    demo = start()
     assert "from the demo upstream" in demo.pasted("The same with the OpenAI SDK")
     assert demo.end(signal.SIGTERM) == 0
