@@ -6,6 +6,7 @@ shell is no consent.
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import typer
 import uvloop
 
 from proxy.app import create_app
+from proxy.cli.arguments import AsJson
 from proxy.cli.output import reporting
 from proxy.cli.serve import configure_logs
 from proxy.cli.session import Access, database_access
@@ -45,6 +47,7 @@ class _Demo:
     settings: Settings
     demo_upstream: bool
     with_parent: bool
+    as_json: bool
 
 
 def demo(
@@ -58,9 +61,10 @@ def demo(
     with_parent: Annotated[
         bool, typer.Option("--with-parent", help="Stop when the process that started this one is gone.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Try it out: a database, credits and, unless told otherwise, an upstream of its own. Ctrl-C stops everything."""
-    with reporting(as_json=False):
+    with reporting(as_json=as_json):
         settings = load(host=host, port=port, pricing=pricing, upstreams=upstreams)
         catalog = read_catalog(settings.pricing, settings.upstreams)
         if settings.database_url is None:
@@ -68,7 +72,7 @@ def demo(
         # Before the database is started, so that a busy port is found out at once.
         listener = listen(settings.host, settings.port)
         try:
-            asked = _Demo(_quiet(settings), demo_upstream=not real_upstreams, with_parent=with_parent)
+            asked = _Demo(_quiet(settings), demo_upstream=not real_upstreams, with_parent=with_parent, as_json=as_json)
             _run(asked, listener, catalog)
         finally:
             listener.close()
@@ -151,6 +155,8 @@ def _welcome(url: str, key: DemoKey | None, catalog: Catalog, asked: _Demo) -> s
         if asked.demo_upstream
         else f"Answers come from the providers in {asked.settings.upstreams} and cost money there."
     )
+    if asked.as_json:
+        return json.dumps({"ready": True, "base_url": url, "key": None if key is None else key.text})
     if key is None:
         return f"Farebox is ready: {url}\n{source}\nA key: farebox keys create ACCOUNT"
     return instructions(url, key, model=model, source=source)
