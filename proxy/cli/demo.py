@@ -20,7 +20,7 @@ import uvloop
 from proxy.app import create_app
 from proxy.cli.arguments import AsJson
 from proxy.cli.output import reporting
-from proxy.cli.serve import configure_logs
+from proxy.cli.serve import configure_logs, serving_farebox
 from proxy.cli.session import Access, database_access
 from proxy.control.operations import Operations
 from proxy.control.reload import read_catalog
@@ -110,15 +110,7 @@ async def _serve(asked: _Demo, access: Access, listener: socket, catalog: Catalo
             adapt = await _upstream(stack, settings, catalog) if asked.demo_upstream else _as_it_is
             key = await _key(access) if access.embedded else None
             app = create_app(settings, adapt=adapt)
-            await stack.enter_async_context(
-                serving(
-                    app,
-                    listener,
-                    shutdown_seconds=settings.shutdown_seconds,
-                    stop=stop,
-                    on_stop=app.begin_shutdown,
-                )
-            )
+            await stack.enter_async_context(serving_farebox(app, listener, settings, stop))
             typer.echo(_welcome(base_url(listener), key, catalog, asked))
             await stop.wait(access.failed)
             _say("stopping")

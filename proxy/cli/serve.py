@@ -4,18 +4,22 @@ import asyncio
 import json
 import logging
 import socket
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
 
-from proxy.app import create_app
+from proxy.app import Farebox, create_app
 from proxy.cli.arguments import AsJson, DatabaseUrl
 from proxy.cli.output import CommandFailed, reporting
 from proxy.cli.session import Access, database_access
 from proxy.control.reload import read_catalog
 from proxy.core.yaml_reader import ConfigError
+from proxy.gateway.limits import DEFAULT
+from proxy.gateway.protocol import guarded_protocol
 from proxy.ledger.connect import Role, connect
 from proxy.ledger.migrate import schema_state
 from proxy.local.postgres import refuse_if_served
@@ -24,7 +28,7 @@ from proxy.local.state import StateDirectory
 from proxy.logs import Redactor, configure
 from proxy.settings import Settings, load
 
-__all__ = ["configure_logs", "serve"]
+__all__ = ["configure_logs", "serve", "serving_farebox"]
 
 
 def serve(
@@ -66,6 +70,21 @@ def configure_logs(settings: Settings) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
+def serving_farebox(
+    app: Farebox, listener: socket.socket, settings: Settings, stop: Stop
+) -> AbstractAsyncContextManager[None]:
+    """Serve the app as the settings say: slow clients are given up, and a stop drains before it cuts."""
+    limits = replace(DEFAULT, header_bytes_max=settings.header_bytes_max, receive_seconds=settings.receive_seconds)
+    return serving(
+        app,
+        listener,
+        http=guarded_protocol(limits),
+        shutdown_seconds=settings.shutdown_seconds,
+        stop=stop,
+        on_stop=app.begin_shutdown,
+    )
+
+
 async def _serve(access: Access, listener: socket.socket, *, as_json: bool) -> None:
     connection = await connect(access.login, Role.GATEWAY)
     try:
@@ -73,9 +92,8 @@ async def _serve(access: Access, listener: socket.socket, *, as_json: bool) -> N
     finally:
         await connection.close()
     stop = Stop()
-    seconds = access.settings.shutdown_seconds
     with stop.on_signals():
-        async with serving(create_app(access.settings), listener, shutdown_seconds=seconds, stop=stop):
+        async with serving_farebox(create_app(access.settings), listener, access.settings, stop):
             url = base_url(listener)
             typer.echo(json.dumps({"ready": True, "base_url": url}) if as_json else f"Farebox is ready: base_url {url}")
             await stop.wait(access.failed)
