@@ -1,7 +1,10 @@
 """Fixtures for every test: a PostgreSQL for the run, a database for the test."""
 
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_configure_node(node: object) -> None:
     """Tell an xdist worker which run it belongs to."""
     node.workerinput["farebox_run"] = node.config.stash[RUN_ID]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def state_path() -> Iterator[Path]:
+    """Where a test may have a state directory of its own. Its path is short, as a socket's must be, and everybody may
+    pass through it: else PostgreSQL, started by root, would keep its data outside, and they would stay there."""
+    parent = Path(tempfile.mkdtemp(prefix="fb"))
+    parent.chmod(0o755)
+    yield parent / "state"
+    shutil.rmtree(parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

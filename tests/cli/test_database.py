@@ -121,16 +121,16 @@ def test_a_wrong_setting_is_one_line(bare: Farebox, environment: pytest.MonkeyPa
 
 
 def test_without_a_url_the_embedded_database_is_started_and_kept(
-    bare: Farebox, environment: pytest.MonkeyPatch, tmp_path: Path
+    bare: Farebox, environment: pytest.MonkeyPatch, state_path: Path
 ) -> None:
-    environment.setenv("FAREBOX_STATE_DIR", str(tmp_path / "state"))
+    environment.setenv("FAREBOX_STATE_DIR", str(state_path))
     made = bare("accounts", "create", "at home", "--json")
     assert made.code == 0, made.err
     # A second start finds the data; the pepper for keys is kept beside them.
     key = bare("keys", "create", "at home", "--json")
     assert key.code == 0, key.err
     assert key.json["account"] == made.json["id"]
-    assert (tmp_path / "state" / "pepper").stat().st_mode & 0o777 == 0o600
+    assert (state_path / "pepper").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_pepper_is_never_shown(bare: Farebox, environment: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +19,9 @@ from tests.local.processes import eventually, postmaster
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"^Farebox is ready: (\S+)$", re.M)
+_, _, HEALTH_CHECK_TEXT = (ROOT / "Dockerfile").read_text().partition("\nHEALTHCHECK ")[2].partition("CMD ")
+HEALTH_CHECK = json.loads(HEALTH_CHECK_TEXT.splitlines()[0])
+"""What the container's engine would run now and then."""
 KEY = re.compile(r"fb_\w+")
 
 
@@ -102,11 +103,8 @@ class Demo:
 
 
 @pytest.fixture
-def state() -> Iterator[Path]:
-    parent = Path(tempfile.mkdtemp(prefix="fb"))
-    parent.chmod(0o755)
-    yield parent / "state"
-    shutil.rmtree(parent, ignore_errors=True)
+def state(state_path: Path) -> Path:
+    return state_path
 
 
 @pytest.fixture
@@ -169,6 +167,8 @@ def test_a_newcomer_tries_what_is_printed(start: Callable[..., Demo], state: Pat
     assert 990 < left < 1000, "the CLI in another terminal sees what the two answers cost"
     assert Decimal(json.loads(demo.pasted("See the credits fall"))["balance"]) == left
 
+    assert subprocess.run(HEALTH_CHECK, env=environment(state, port), check=False).returncode == 0
+
     second = command(state, port, "demo")
     assert second.returncode == 1
     assert f"http://127.0.0.1:{port}/v1 (pid {demo.process.pid}, since 20" in second.stderr
@@ -180,6 +180,8 @@ def test_a_newcomer_tries_what_is_printed(start: Callable[..., Demo], state: Pat
     server = demo.server
     assert demo.end(signal.SIGTERM) == 0
     assert not is_running(server)
+    unhealthy = subprocess.run(HEALTH_CHECK, env=environment(state, port), capture_output=True, check=False)
+    assert unhealthy.returncode == 1
 
     again = start()
     assert again.key == demo.key

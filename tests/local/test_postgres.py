@@ -8,9 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
@@ -29,12 +27,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become 
 
 
 @pytest.fixture
-def state() -> Iterator[Path]:
-    """A state directory with a short path, below a directory that everybody may pass through."""
-    parent = Path(tempfile.mkdtemp(prefix="fb"))
-    parent.chmod(0o755)
-    yield parent / "state"
-    shutil.rmtree(parent, ignore_errors=True)
+def state(state_path: Path) -> Path:
+    return state_path
 
 
 def cluster(state: Path, **options: object) -> Cluster:
