@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import structlog
+from starlette.requests import Request
 from starlette.routing import BaseRoute, Router
 
+from proxy.control.account import account_routes
 from proxy.control.admin import AdminToken, admin_routes
 from proxy.control.health import CatalogStatus, Health, Problem, health_routes
 from proxy.control.operations import Operations
@@ -41,6 +43,8 @@ from proxy.ledger.errors import LedgerError, LedgerUnavailable
 from proxy.ledger.holds import HoldLedger
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
+from proxy.ledger.reader import AccountReader
+from proxy.ledger.records import ApiKey
 from proxy.ledger.sweeper import Sweeper
 from proxy.metrics import Metrics, MetricsServer
 from proxy.settings import Settings, SettingsError, environment
@@ -59,6 +63,7 @@ except PackageNotFoundError:  # run from a checkout that isn't installed
 
 GATEWAY_CONNECTIONS = 4
 CONTROL_CONNECTIONS = 4
+READER_CONNECTIONS = 4
 # After the last exchange was cut: for what waits in the ledger's batch, and for connections to close.
 LEDGER_STOP_SECONDS = 5.0
 
@@ -84,6 +89,7 @@ class Services:
     lease: WorkerLease
     authenticator: Authenticator
     operations: Operations
+    reader: AccountReader
     settler: Settler
     chat: Chat
 
@@ -196,6 +202,8 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
         ledger, lease, settler = await _money(settings, dsn, metrics, timing, stack)
         control = await create_pool(dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
+        reader = await create_pool(dsn, Role.READER, size=READER_CONNECTIONS)
+        stack.push_async_callback(reader.close)
         authenticator = Authenticator(holds.find_key, peppers)
         keys = UpstreamKeys(environment(), settings.upstreams.parent)
         http = HttpClient()
@@ -224,6 +232,7 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
             lease=lease,
             authenticator=authenticator,
             operations=Operations(ControlLedger(control), peppers),
+            reader=AccountReader(reader),
             settler=settler,
             chat=chat,
         )
@@ -313,11 +322,17 @@ def _limits(settings: Settings) -> Limits:
 def _routes(services: Services) -> list[BaseRoute]:
     """Every route but chat completions: one line a module."""
     token = services.settings.admin_token
+
+    async def fresh_key(request: Request) -> ApiKey:
+        # No reserve looks at the key again, so that a revoked one would be read with for the cache's few seconds.
+        return await services.authenticator.authenticate(request.headers.raw, age_seconds_max=0)
+
     return [
         *health_routes(_health(services)),
         *models.routes(
             services.authenticator.authenticate, lambda: services.catalog.holder.current, services.keys.has_key
         ),
+        *account_routes(fresh_key, services.reader),
         *(admin_routes(AdminToken(token.get_secret_value()), services.operations) if token else ()),
     ]
 
