@@ -37,12 +37,13 @@ from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream import HttpClient
 from proxy.gateway.upstream_keys import UpstreamKeys
 from proxy.ledger.batch import BatchedLedger, BatchLimits
-from proxy.ledger.connect import Role, create_pool
+from proxy.ledger.connect import Pool, Role, create_pool
 from proxy.ledger.control import ControlLedger
-from proxy.ledger.errors import LedgerError, LedgerUnavailable
+from proxy.ledger.errors import LedgerError, LedgerUnavailable, SchemaMismatch
 from proxy.ledger.holds import HoldLedger
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
+from proxy.ledger.migrate import schema_state
 from proxy.ledger.reader import AccountReader
 from proxy.ledger.records import ApiKey
 from proxy.ledger.sweeper import Sweeper
@@ -85,6 +86,7 @@ class Services:
     metrics: Metrics
     catalog: CatalogReloader
     keys: UpstreamKeys
+    pool: Pool
     holds: HoldLedger
     lease: WorkerLease
     authenticator: Authenticator
@@ -228,6 +230,7 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
             metrics=metrics,
             catalog=catalog,
             keys=keys,
+            pool=pool,
             holds=holds,
             lease=lease,
             authenticator=authenticator,
@@ -348,17 +351,25 @@ def _health(services: Services) -> Health:
         if not services.lease.held():
             raise Problem("this worker's lease has lapsed")
 
-    async def ledger() -> None:
+    async def database() -> None:
         try:
             await services.holds.find_key("")
         except LedgerUnavailable:
-            raise Problem("the ledger can't be reached") from None
+            raise Problem("the ledger's database can't be reached") from None
+
+    async def schema() -> None:
+        try:
+            (await schema_state(services.pool)).require()
+        except SchemaMismatch as error:
+            raise Problem(str(error)) from None
+        except LedgerUnavailable:
+            raise Problem("unknown: the ledger's database can't be reached") from None
 
     def catalog() -> CatalogStatus:
         state = services.catalog.state
         return CatalogStatus(state.version, state.models, state.error)
 
-    return Health({"admitting": admitting, "lease": lease, "ledger": ledger}, catalog)
+    return Health({"admitting": admitting, "lease": lease, "database": database, "schema": schema}, catalog)
 
 
 def _front(services: Services) -> Front:

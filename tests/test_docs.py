@@ -57,6 +57,13 @@ def test_every_command_has_a_json_form(words: str) -> None:
     assert "--json" in options
 
 
+def test_the_page_names_no_command_that_is_not_there() -> None:
+    page = (DOCS / "cli.md").read_text()
+    for line in re.findall(r"^(?:DATABASE_URL=\S+ )?farebox (.+)$", page, flags=re.MULTILINE):
+        words = line.split()
+        assert any(" ".join(["farebox", *words[:count]]) in COMMANDS for count in (1, 2)), line
+
+
 def test_every_admin_route_is_in_the_page() -> None:
     page = (DOCS / "admin.md").read_text()
     operations: Operations = None  # type: ignore[assignment]  # routes are made, none is called

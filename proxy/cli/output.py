@@ -17,6 +17,7 @@ import typer
 from proxy.control.fields import storable
 from proxy.control.views import View
 from proxy.core.errors import Refusal
+from proxy.core.yaml_reader import ConfigError
 from proxy.ledger.errors import LedgerError
 from proxy.local.state import LocalError
 from proxy.settings import SettingsError
@@ -90,6 +91,8 @@ def reporting(*, as_json: bool) -> Iterator[Output]:
         fail(str(error), code=error.code, as_json=as_json)
     except Refusal as error:
         fail(error.message, code=error.code, as_json=as_json)
+    except ConfigError as error:
+        fail(str(error), code="pricing", as_json=as_json)
     except SettingsError as error:
         fail(str(error), code="settings", as_json=as_json)
     except LedgerError as error:

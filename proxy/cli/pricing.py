@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from proxy.cli.arguments import AsJson
-from proxy.cli.output import CommandFailed, reporting
+from proxy.cli.output import reporting
 from proxy.control.reload import read_catalog
 from proxy.core.catalog import Catalog
 from proxy.core.catalog_diff import CatalogDiff, compare
@@ -37,10 +37,7 @@ def check(
     with reporting(as_json=as_json) as out:
         settings = load(upstreams=upstreams)
         current = against or settings.pricing
-        try:
-            after = read_catalog(file, settings.upstreams)
-        except ConfigError as error:
-            raise CommandFailed(str(error), code="pricing") from None
+        after = read_catalog(file, settings.upstreams)
         before = None if _same_file(current, file) else _serving(current, settings.upstreams)
         diff = compare(before, after)
         out.show(_view(diff, after), _lines(diff, after, compared_with=None if before is None else current))

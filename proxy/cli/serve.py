@@ -15,13 +15,11 @@ import uvloop
 from proxy.app import Farebox, create_app
 from proxy.cli.arguments import AsJson, DatabaseUrl
 from proxy.cli.output import CommandFailed, reporting
-from proxy.cli.session import Access, database_access
+from proxy.cli.session import Access, database_access, require_schema
 from proxy.control.reload import read_catalog
-from proxy.core.yaml_reader import ConfigError
 from proxy.gateway.limits import DEFAULT
 from proxy.gateway.protocol import guarded_protocol
-from proxy.ledger.connect import Role, connect
-from proxy.ledger.migrate import schema_state
+from proxy.ledger.connect import Role
 from proxy.local.postgres import refuse_if_served
 from proxy.local.serving import Stop, base_url, listen, serving
 from proxy.local.state import StateDirectory
@@ -86,11 +84,7 @@ def serving_farebox(
 
 
 async def _serve(access: Access, listener: socket.socket, *, as_json: bool) -> None:
-    connection = await connect(access.login, Role.GATEWAY)
-    try:
-        (await schema_state(connection)).require()
-    finally:
-        await connection.close()
+    await require_schema(access.login, Role.GATEWAY)
     stop = Stop()
     with stop.on_signals():
         async with serving_farebox(create_app(access.settings), listener, access.settings, stop):
@@ -107,7 +101,4 @@ def _require_usable(settings: Settings) -> None:
             "installation the same, as `openssl rand -hex 32` prints it.",
             code="settings",
         )
-    try:
-        read_catalog(settings.pricing, settings.upstreams)
-    except ConfigError as error:
-        raise CommandFailed(str(error), code="pricing") from None
+    read_catalog(settings.pricing, settings.upstreams)

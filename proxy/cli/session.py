@@ -23,7 +23,7 @@ from proxy.local.postgres import APP, Cluster
 from proxy.local.state import StateDirectory
 from proxy.settings import Settings, load
 
-__all__ = ["Access", "actor", "audit_database", "database_access", "operate"]
+__all__ = ["Access", "actor", "audit_database", "database_access", "operate", "require_schema"]
 
 Result = TypeVar("Result")
 
@@ -95,7 +95,7 @@ def _failure(cluster: Cluster) -> str | None:
 
 
 async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Access) -> Result:
-    await _require_schema(access.login, Role.CONTROL)
+    await require_schema(access.login, Role.CONTROL)
     pool = await create_pool(access.login, Role.CONTROL, size=1)
     try:
         return await work(Operations(ControlLedger(pool), access.settings.peppers()))
@@ -104,7 +104,7 @@ async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Acce
 
 
 async def _audit(access: Access) -> list[Check]:
-    await _require_schema(access.login, Role.CONTROL)
+    await require_schema(access.login, Role.CONTROL)
     connection = await connect(access.login, Role.CONTROL)
     try:
         return await audit(connection)
@@ -112,8 +112,8 @@ async def _audit(access: Access) -> list[Check]:
         await connection.close()
 
 
-async def _require_schema(dsn: str, role: Role | None) -> None:
-    """Raises SchemaMismatch, which says what to run."""
+async def require_schema(dsn: str, role: Role) -> None:
+    """Raise SchemaMismatch, which says what to run, unless this release can run on the schema; MissingRole as well."""
     connection = await connect(dsn, role)
     try:
         (await schema_state(connection)).require()

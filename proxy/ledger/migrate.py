@@ -14,7 +14,7 @@ from typing import Literal
 
 import asyncpg
 
-from proxy.ledger.connect import Connection, Role, connect, translated
+from proxy.ledger.connect import Connection, Pool, Role, connect, translated
 from proxy.ledger.errors import MissingRole, SchemaMismatch
 from proxy.ledger.reports import SQL
 
@@ -112,11 +112,15 @@ async def migrate(dsn: str, *, grant_to: str | None = None) -> list[int]:
             await connection.close()
 
 
-async def schema_state(connection: Connection) -> SchemaState:
-    """How far the database is. For a connection that acts as any of the group roles, or as the owner."""
+async def schema_state(database: "Connection | Pool") -> SchemaState:
+    """How far the database is. For connections that act as any of the group roles, or as the owner.
+
+    Raises LedgerUnavailable.
+    """
     known = len(known_migrations())
     try:
-        row = await connection.fetchrow("SELECT number, serves_from FROM farebox.schema_version()")
+        with translated():
+            row = await database.fetchrow("SELECT number, serves_from FROM farebox.schema_version()")
     except (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedFunctionError):
         return SchemaState(known, 0, 0)
     if row is None or row["number"] is None:
