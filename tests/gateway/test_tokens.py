@@ -86,7 +86,11 @@ def test_a_vocabulary_that_was_tampered_with_is_refused(tmp_path: Path, monkeypa
         build_encoding("o200k_base")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no gzip", gzip.compress(b"IQ== 0\n" * 1000)[:-20]])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"no gzip", gzip.compress(b"IQ== 0\n" * 1000, mtime=0)[:-20]],
+    ids=["missing", "empty", "no gzip", "cut"],
+)
 def test_a_vocabulary_that_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
