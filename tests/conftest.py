@@ -6,12 +6,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from proxy.local.postgres import ClusterAddress
 from tests.postgres import Database, fresh_database, remove_cluster, running_cluster
 
 RUN_ID = pytest.StashKey[str]()
+
+# The same examples in every run, and no clock among the judges: the machine may be busy with something else.
+hypothesis.settings.register_profile(
+    "farebox",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.load_profile("farebox")
 
 
 def pytest_configure(config: pytest.Config) -> None:
