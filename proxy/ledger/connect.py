@@ -87,6 +87,8 @@ def translated() -> Iterator[None]:
     except asyncpg.DataError as error:
         raise InvalidValue(str(error)) from error
     except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+        if isinstance(error, ValueError):  # asyncpg could not encode an argument
+            raise InvalidValue(str(error)) from error
         raise LedgerUnavailable(f"the ledger's database can't be asked: {type(error).__name__}: {error}") from error
     except asyncpg.PostgresError as error:
         code = error.sqlstate or ""

@@ -41,22 +41,22 @@ async def lively(bank: Bank) -> Bank:
     return bank
 
 
-async def test_an_empty_ledger_is_right_and_says_that_it_is_empty(bank: Bank) -> None:
-    found = await checks(bank.owner)
+async def test_an_empty_ledger_is_right_and_says_that_it_is_empty(own_bank: Bank) -> None:
+    found = await checks(own_bank.owner)
     assert all(check.ok for check in found.values())
     assert found["balance_is_the_sum_of_transfers"].rows == 0
 
 
-async def test_what_the_functions_write_is_right(bank: Bank) -> None:
-    await lively(bank)
-    found = await checks(bank.owner)
+async def test_what_the_functions_write_is_right(own_bank: Bank) -> None:
+    await lively(own_bank)
+    found = await checks(own_bank.owner)
     assert {name: check for name, check in found.items() if not check.ok} == {}
     assert {name for name, check in found.items() if check.rows == 0} == set()
     assert found["balance_is_the_sum_of_transfers"].rows == 4
     assert found["every_hold_was_charged_what_its_transfers_say"].rows == 4 * 9
 
 
-async def test_the_control_role_may_audit_and_the_others_may_not(bank: Bank) -> None:
-    control = await connect(bank.database.app, Role.CONTROL)
+async def test_the_control_role_may_audit_and_the_others_may_not(own_bank: Bank) -> None:
+    control = await connect(own_bank.database.app, Role.CONTROL)
     assert all(check.ok for check in await audit(control))
     await control.close()

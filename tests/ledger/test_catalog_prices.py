@@ -46,7 +46,7 @@ async def test_sql_and_python_charge_the_same_under_every_variant(bank: Bank) ->
                 assert found == charge(variant.price, usage), (route.model, variant.name, usage)
 
 
-async def test_a_catalog_is_stored_once(bank: Bank) -> None:
+async def test_a_catalog_is_stored_once(own_bank: Bank) -> None:
     catalog = load_catalog(PRICING, UPSTREAMS)
-    assert await bank.holds.put_price_version(catalog.version, catalog.body)
-    assert not await bank.holds.put_price_version(catalog.version, catalog.body)
+    assert await own_bank.holds.put_price_version(catalog.version, catalog.body)
+    assert not await own_bank.holds.put_price_version(catalog.version, catalog.body)

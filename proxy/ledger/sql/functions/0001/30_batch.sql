@@ -143,6 +143,7 @@ BEGIN
         ELSIF entry.op = 'release' THEN
             IF hold.id IS NULL THEN
                 -- A tombstone, so that its reserve, arriving late, holds nothing.
+                purse := farebox.moved(purse, NULL, 0, 0);
                 change := 'insert';
                 hold.id := entry.hold_id;
                 hold.account_id := entry.account_id;

@@ -1,0 +1,178 @@
+"""Who may do what: read off the database's catalogs, so that nothing is granted by oversight; and tried."""
+
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from proxy.ledger.connect import Connection, Role, connect
+from tests.ledger.bank import Bank
+from tests.postgres import Database
+
+GATEWAY = {
+    "batch",
+    "extend",
+    "start_worker",
+    "stop_worker",
+    "heartbeat",
+    "expire_holds",
+    "find_key",
+    "put_price_version",
+}
+CONTROL = {
+    "create_account",
+    "create_key",
+    "revoke_key",
+    "update_key",
+    "rotate_key",
+    "grant_credits",
+    "reverse",
+    "put_price_version",
+    "audit",
+}
+FUNCTIONS = {
+    "farebox_gateway": GATEWAY | {"schema_version"},
+    "farebox_control": CONTROL | {"schema_version"},
+    "farebox_reader": {"schema_version"},
+}
+TABLES = {
+    "farebox_control": {
+        *("accounts", "api_keys", "spend_limits", "workers", "price_versions", "prices", "holds", "transfers"),
+        "schema_migrations",
+    },
+    "farebox_reader": {"accounts", "holds", "transfers", "prices"},
+}
+ACLS = """
+    SELECT kind, name, coalesce(r.rolname, 'PUBLIC') AS grantee, a.privilege_type AS privilege
+      FROM (
+          SELECT 'schema' AS kind, n.nspname::text AS name, coalesce(n.nspacl, acldefault('n', n.nspowner)) AS acl,
+                 n.nspowner AS owner
+            FROM pg_namespace n WHERE n.nspname = 'farebox'
+          UNION ALL
+          SELECT 'relation', c.relname, coalesce(c.relacl, acldefault('r', c.relowner)), c.relowner
+            FROM pg_class c
+           WHERE c.relnamespace = 'farebox'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'S', 'p', 'f')
+          UNION ALL
+          SELECT 'function', p.proname, coalesce(p.proacl, acldefault('f', p.proowner)), p.proowner
+            FROM pg_proc p WHERE p.pronamespace = 'farebox'::regnamespace
+          UNION ALL
+          SELECT 'column', c.relname || '.' || t.attname, t.attacl, c.relowner
+            FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid
+           WHERE c.relnamespace = 'farebox'::regnamespace AND t.attacl IS NOT NULL
+      ) AS thing (kind, name, acl, owner)
+     CROSS JOIN LATERAL aclexplode(thing.acl) AS a
+      LEFT JOIN pg_roles r ON r.oid = a.grantee
+     WHERE a.grantee <> thing.owner
+"""
+
+
+@pytest.fixture
+async def superuser(module_database: Database) -> AsyncIterator[Connection]:
+    connection = await asyncpg.connect(module_database.superuser)
+    yield connection
+    await connection.close()
+
+
+async def test_the_catalogs_hold_these_privileges_and_no_other(superuser: Connection) -> None:
+    found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for row in await superuser.fetch(ACLS):
+        found[row["kind"], row["grantee"], row["privilege"]].add(row["name"])
+    expected = {("schema", role, "USAGE"): {"farebox"} for role in FUNCTIONS}
+    expected |= {("function", role, "EXECUTE"): names for role, names in FUNCTIONS.items()}
+    expected |= {("relation", role, "SELECT"): names for role, names in TABLES.items()}
+    assert dict(found) == expected
+
+
+async def test_no_privilege_is_granted_in_advance(superuser: Connection) -> None:
+    assert await superuser.fetch("SELECT * FROM pg_default_acl") == []
+
+
+async def test_what_others_may_call_runs_as_the_owner_with_a_fixed_search_path(superuser: Connection) -> None:
+    rows = await superuser.fetch(
+        """
+        SELECT p.proname, p.prosecdef, p.proconfig, p.proowner = c.relowner AS owned
+          FROM pg_proc p, pg_class c
+         WHERE p.pronamespace = 'farebox'::regnamespace AND c.oid = 'farebox.accounts'::regclass
+        """
+    )
+    definers = {row["proname"] for row in rows if row["prosecdef"]}
+    assert definers == GATEWAY | CONTROL | {"schema_version"}
+    for row in rows:
+        assert row["owned"], row["proname"]
+        if row["prosecdef"]:
+            assert "search_path=pg_catalog, pg_temp" in row["proconfig"], row["proname"]
+
+
+async def test_the_roles_can_do_nothing_by_themselves(superuser: Connection) -> None:
+    rows = await superuser.fetch(
+        """
+        SELECT rolname,
+               rolcanlogin OR rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls OR rolreplication AS might
+          FROM pg_roles WHERE rolname = ANY ($1)
+        """,
+        [role.value for role in Role],
+    )
+    assert {row["rolname"]: row["might"] for row in rows} == {role.value: False for role in Role}
+    owner = await superuser.fetchrow(
+        """
+        SELECT r.rolsuper, r.rolbypassrls
+          FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
+         WHERE c.oid = 'farebox.accounts'::regclass
+        """
+    )
+    assert tuple(owner or ()) == (False, False), "these tests must run on a schema whose owner is nobody special"
+
+
+REFUSED = {
+    Role.GATEWAY: [
+        "SELECT * FROM farebox.accounts",
+        "SELECT * FROM farebox.api_keys",
+        "SELECT * FROM farebox.schema_migrations",
+        "SELECT farebox.grant_credits(gen_random_uuid(), 'grant', 1, NULL, 'x', 'x')",
+        "SELECT farebox.reverse(gen_random_uuid(), NULL, NULL, 'x', 'x')",
+        "SELECT farebox.revoke_key('x')",
+        "SELECT * FROM farebox.audit()",
+        "SELECT farebox.open_purse(gen_random_uuid())",
+        "SELECT farebox.write_moves('{}', now())",
+        "SELECT farebox.count_spend('x', 1, 1)",
+        "CREATE TABLE farebox.mine (x integer)",
+        "UPDATE farebox.workers SET lease_until = 'infinity'",
+    ],
+    Role.CONTROL: [
+        "INSERT INTO farebox.transfers SELECT * FROM farebox.transfers",
+        "UPDATE farebox.accounts SET balance = 1",
+        "DELETE FROM farebox.api_keys",
+        "SELECT farebox.expire_holds(1, '0')",
+        "SELECT farebox.start_worker(gen_random_uuid(), 'x', 'x')",
+        "SELECT farebox.set_spend_limit('x', 1)",
+        "TRUNCATE farebox.transfers",
+        "CREATE TABLE farebox.mine (x integer)",
+    ],
+    Role.READER: [
+        "SELECT * FROM farebox.api_keys",
+        "SELECT * FROM farebox.price_versions",
+        "SELECT * FROM farebox.workers",
+        "UPDATE farebox.accounts SET balance = 1",
+        "SELECT farebox.find_key('x')",
+        "SELECT farebox.put_price_version('x', 'x')",
+    ],
+    None: ["SELECT * FROM farebox.accounts", "SELECT farebox.find_key('x')", "SELECT * FROM farebox.schema_version()"],
+}
+
+
+@pytest.mark.parametrize(("role", "statement"), [(role, text) for role, texts in REFUSED.items() for text in texts])
+async def test_is_refused(bank: Bank, role: Role | None, statement: str) -> None:
+    connection = await connect(bank.database.app, role)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute(statement)
+    await connection.close()
+
+
+async def test_a_role_cant_become_another(bank: Bank) -> None:
+    """A connection's role comes from its login: what can be injected into a query must not change it for long."""
+    connection = await connect(bank.database.app, Role.READER)
+    assert await connection.fetchval("SELECT current_user") == "farebox_reader"
+    await connection.execute("RESET ALL")
+    assert await connection.fetchval("SELECT current_user") == "farebox_reader"
+    await connection.close()
