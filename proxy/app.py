@@ -73,6 +73,8 @@ LEDGER_STOP_SECONDS = 5.0
 class Timing:
     """How often things are looked at; for tests that can't wait for a lease to lapse. Seconds."""
 
+    lease_seconds: float = 29.0
+    """How long a renewal counts on this process's own clock; the ledger gives a second more."""
     renew_seconds: float = 5.0
     sweep_seconds: float = 10.0
     settled_seconds: float = 15.0
@@ -105,7 +107,7 @@ class Farebox:
     """The ASGI app: lifespan, then every request through the front door."""
 
     def __init__(self, settings: Settings, adapt: Adapt, timing: Timing) -> None:
-        self._settings = settings
+        self.settings = settings
         self._adapt = adapt
         self._timing = timing
         self._front: Front | None = None
@@ -137,7 +139,7 @@ class Farebox:
         if self._services is None or self._stop_at is not None:
             return
         loop, settler = asyncio.get_running_loop(), self._services.settler
-        self._stop_at = loop.time() + self._settings.shutdown_seconds
+        self._stop_at = loop.time() + self.settings.shutdown_seconds
         settler.stop_admitting()
         loop.call_at(self._stop_at, settler.cut_all, Ending.SHUTDOWN)
         log.info("shutting down", open_exchanges=settler.open_exchanges)
@@ -147,7 +149,7 @@ class Farebox:
         await receive()
         started = False
         try:
-            async with _running(self._settings, self._adapt, self._timing) as services:
+            async with _running(self.settings, self._adapt, self._timing) as services:
                 self._front = _front(services)
                 self._services = services
                 started = True
@@ -258,6 +260,7 @@ async def _money(
         release=RELEASE,
         marks=lambda: (),
         on_lapse=lambda: settler.cut_all(Ending.LEASE_LAPSED),
+        lease_seconds=timing.lease_seconds,
         renew_seconds=timing.renew_seconds,
     )
     await lease.start()

@@ -109,6 +109,15 @@ class Proxy:
         finally:
             await connection.close()
 
+    async def query_elsewhere(self, sql: str) -> None:
+        """A superuser's statement from another database of the same cluster."""
+        dsn = self.database.superuser.replace(self.database.name, "postgres")
+        connection = await asyncpg.connect(dsn)
+        try:
+            await connection.execute(sql)
+        finally:
+            await connection.close()
+
 
 @dataclass
 class Customer:
@@ -195,7 +204,9 @@ async def running_proxy(
     url = base_url(listener)
     pool = await create_pool(database.superuser, Role.CONTROL, size=2)
     try:
-        async with serving(app, listener, shutdown_seconds=7.0), httpx2.AsyncClient(base_url=url, timeout=30) as http:
+        # The client goes last: a stop must not look like clients leaving.
+        server = serving(app, listener, shutdown_seconds=app.settings.shutdown_seconds, on_stop=app.begin_shutdown)
+        async with httpx2.AsyncClient(base_url=url, timeout=30) as http, server:
             operations = Operations(ControlLedger(pool), Peppers.parse(PEPPER))
             yield Proxy(app, url, operations, database, directory, http, pool)
     finally:
