@@ -31,6 +31,7 @@ from proxy.gateway.auth import Authenticator
 from proxy.gateway.chat import Chat, ChatSettings
 from proxy.gateway.front import Front, Receive, Scope, Send
 from proxy.gateway.limits import DEFAULT, Limits, LimitsProfile
+from proxy.gateway.measured import MeasuredLedger
 from proxy.gateway.relay import Relay
 from proxy.gateway.settle import Ending, Settler
 from proxy.gateway.tokens import TokenCounter
@@ -245,15 +246,14 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
 
 async def _money(
     settings: Settings, dsn: str, metrics: Metrics, timing: Timing, stack: AsyncExitStack
-) -> tuple[BatchedLedger, WorkerLease, Settler]:
+) -> tuple[MeasuredLedger, WorkerLease, Settler]:
     """What holds and charges credits. The lease ends last, after everything that it is the right to do."""
     open_line = lines_to(dsn)
 
-    def observe(rows: int, seconds: float) -> None:
-        metrics.ledger_call("batch", seconds)
-
-    ledger = BatchedLedger(open_line, limits=BatchLimits(reserve_seconds=settings.reserve_seconds), observe=observe)
-    settler = Settler(ledger, metrics=metrics)
+    limits = BatchLimits(reserve_seconds=settings.reserve_seconds)
+    ledger = BatchedLedger(open_line, limits=limits, observe=metrics.batch)
+    measured = MeasuredLedger(ledger, metrics)
+    settler = Settler(measured, metrics=metrics)
     lease = WorkerLease(
         open_line,
         hostname=platform.node(),
@@ -281,7 +281,7 @@ async def _money(
         unsettled=lambda: settler.unsettled,
         lease_held=lambda: float(lease.held()),
     )
-    return ledger, lease, settler
+    return measured, lease, settler
 
 
 async def _stop_ledger(ledger: BatchedLedger) -> None:

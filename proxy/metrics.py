@@ -34,18 +34,12 @@ LEDGER_OPERATIONS = (
     "reserve",
     "finalize",
     "release",
-    "extend",
     "batch",
-    "heartbeat",
-    "expire",
-    "find_key",
     "other",
 )
-"""The values of the label ``operation``. ``reserve`` and ``finalize`` include the wait for the batch, ``batch`` is the
-call itself."""
+"""The values of the label ``operation``. ``batch`` is a call on the database; the others include the wait for it."""
 
 _SOURCES = ("reported", "partly_counted", "counted")
-_BATCH_KINDS = ("finalizes", "reserves")
 _FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _CALL_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -96,10 +90,6 @@ class Metrics:
         self._reserved.inc(amount)
         self._open_holds.inc()
 
-    def hold_extended(self, by: int) -> None:
-        """An open hold grew by ``by`` microcredits."""
-        self._reserved.inc(by)
-
     def hold_charged(self, *, charge: int, released: int, overrun: int = 0) -> None:
         """A hold ended with a charge. ``overrun`` is the part of the charge that became debt; all in microcredits."""
         self._charged.inc(charge)
@@ -132,12 +122,10 @@ class Metrics:
         """A call on the ledger raised: the database is away, or refused what must never be asked."""
         self._failures.get(operation, self._failures["other"]).inc()
 
-    def batch(self, *, finalizes: int, reserves: int) -> None:
-        """One batched call carried so many rows."""
-        if finalizes:
-            self._batch_sizes["finalizes"].observe(finalizes)
-        if reserves:
-            self._batch_sizes["reserves"].observe(reserves)
+    def batch(self, rows: int, seconds: float) -> None:
+        """One call on the database carried so many reserves, finalizes and releases, and took so long."""
+        self._batch_size.observe(rows)
+        self._calls["batch"].observe(seconds)
 
     def watch(
         self,
@@ -207,8 +195,7 @@ class Metrics:
         self._calls = {operation: calls.labels(operation) for operation in LEDGER_OPERATIONS}
         failures = self._counter("ledger_failures_total", "Calls on the ledger that raised.", ("operation",))
         self._failures = {operation: failures.labels(operation) for operation in LEDGER_OPERATIONS}
-        sizes = self._histogram("ledger_batch_size", "Rows in one batched call.", _BATCH_SIZES, ("kind",))
-        self._batch_sizes = {kind: sizes.labels(kind) for kind in _BATCH_KINDS}
+        self._batch_size = self._histogram("ledger_batch_size", "Rows in one batched call.", _BATCH_SIZES)
         self._unsettled = self._gauge("unsettled_finalizes", "Ended answers whose charge is not yet in the ledger.")
         self._lease = self._gauge("worker_lease_held", "1 while this process may admit requests.")
 
