@@ -318,6 +318,7 @@ def _limits(settings: Settings) -> Limits:
         body_bytes_max=settings.body_bytes_max,
         messages_max=settings.messages_max,
         json_depth_max=settings.json_depth_max,
+        json_values_max=settings.json_values_max,
         choices_max=settings.choices_max,
         header_bytes_max=settings.header_bytes_max,
         receive_seconds=settings.receive_seconds,

@@ -236,7 +236,7 @@ def require_scope(key: ApiKey, *any_of: Scope) -> None:
     """Raises Forbidden unless the key has one of the scopes."""
     if key.scopes.isdisjoint(any_of):
         needed = " or ".join(f"'{scope}'" for scope in any_of)
-        raise Forbidden(f"This API key lacks the scope {needed}.", code="scope_missing")
+        raise Forbidden(f"This API key doesn't have the scope {needed}.", code="insufficient_scope")
 
 
 def require_model(key: ApiKey, model: str) -> None:

@@ -276,7 +276,7 @@ def test_one_of_the_scopes_is_enough_and_none_is_403() -> None:
     require_scope(key, "inference", "read")
     with pytest.raises(Forbidden, match="'inference'") as refused:
         require_scope(key, "inference")
-    assert refused.value.code == "scope_missing"
+    assert refused.value.code == "insufficient_scope"
 
 
 def test_a_list_of_models_binds_and_none_does_not() -> None:
