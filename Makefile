@@ -5,6 +5,7 @@
 #   make test    every check: format, lint, types, import contracts, tests
 #   make bench   measurements of the ledger and the gateway
 #   make fmt     format the code
+#   make schema  write the ledger's schema snapshot anew
 #   make lock    resolve the dependencies anew (needs uv)
 
 FAREBOX_DEMO ?= 1
@@ -15,7 +16,7 @@ ifeq ($(FAREBOX_DEMO),0)
 DEMO_OPTIONS = --real-upstreams
 endif
 
-.PHONY: run test lint fmt bench lock install install-dev
+.PHONY: run test lint fmt bench schema lock install install-dev
 
 # exec: the server is make's own child, gets its signals, and ends with it (--with-parent).
 run: install
@@ -36,6 +37,9 @@ fmt: install-dev
 
 bench: install-dev
 	scripts/clean-env $(BIN)/python -m pytest -m bench -s -q tests/bench
+
+schema: install-dev
+	scripts/clean-env $(BIN)/python -m tests.ledger.snapshot
 
 lock:
 	scripts/lock

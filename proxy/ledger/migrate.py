@@ -98,18 +98,18 @@ async def migrate(dsn: str, *, grant_to: str | None = None) -> list[int]:
     """Bring the database up to this code's schema, as its owner (who need not be a superuser); the numbers applied.
 
     ``grant_to``: a login that may then act as each of the group roles, for serving; on its own it gets no right.
-    Raises MissingRole, SchemaMismatch (a migration was edited, or the database is ahead), LedgerUnavailable.
+    Raises MissingRole, SchemaMismatch (a migration was edited, or the database is ahead), LedgerUnavailable, and what
+    asyncpg raises where a statement fails: nothing of that migration is left, and those before it stay.
     """
-    with translated():
-        connection = await connect(dsn, lock_ms=60_000, statement_seconds=0)
-        try:
-            await _ensure_roles(connection)
-            applied = await _apply(connection, known_migrations())
-            if grant_to is not None:
-                await _grant_roles(connection, grant_to)
-            return applied
-        finally:
-            await connection.close()
+    connection = await connect(dsn, lock_ms=60_000, statement_seconds=0)
+    try:
+        await _ensure_roles(connection)
+        applied = await _apply(connection, known_migrations())
+        if grant_to is not None:
+            await _grant_roles(connection, grant_to)
+        return applied
+    finally:
+        await connection.close()
 
 
 async def schema_state(database: "Connection | Pool") -> SchemaState:

@@ -1,0 +1,1454 @@
+-- What the migrations make, for reading. Written by `make schema` from a migrated database; a test proves it equal.
+-- Nothing runs this file.
+
+CREATE SCHEMA farebox;
+
+CREATE TYPE farebox.audit_check AS (
+	name text,
+	checked bigint,
+	violations bigint,
+	example text
+);
+
+CREATE TYPE farebox.purse AS (
+	account_id uuid,
+	balance bigint,
+	held bigint,
+	debt bigint,
+	version bigint,
+	limited boolean,
+	kind text,
+	due bigint,
+	lent bigint,
+	paid bigint
+);
+
+CREATE TABLE farebox.holds (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    state text NOT NULL,
+    amount bigint NOT NULL,
+    key_id text,
+    worker_id uuid,
+    price_version text,
+    model text,
+    variant text,
+    quote text,
+    fingerprint bytea,
+    mark bigint[],
+    opened_at timestamp with time zone NOT NULL,
+    charge bigint,
+    overrun bigint DEFAULT 0 NOT NULL,
+    reversed bigint DEFAULT 0 NOT NULL,
+    usage bigint[],
+    usage_source text,
+    capped text,
+    ending text,
+    receipt text,
+    settle_fingerprint bytea,
+    ended_at timestamp with time zone,
+    CONSTRAINT ended_has_charge CHECK ((((state = 'open'::text) = (charge IS NULL)) AND ((state = 'open'::text) = (ended_at IS NULL)))),
+    CONSTRAINT holds_amount_check CHECK ((amount >= 0)),
+    CONSTRAINT holds_charge_check CHECK ((charge >= 0)),
+    CONSTRAINT holds_overrun_check CHECK ((overrun >= 0)),
+    CONSTRAINT holds_reversed_check CHECK ((reversed >= 0)),
+    CONSTRAINT holds_usage_check CHECK ((cardinality(usage) = 7)),
+    CONSTRAINT known_state CHECK ((state = ANY (ARRAY['open'::text, 'released'::text, 'final'::text, 'provisional'::text]))),
+    CONSTRAINT reversed_within_charge CHECK ((reversed <= COALESCE(charge, (0)::bigint)))
+)
+WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE TYPE farebox.move AS (
+	row_number bigint,
+	outcome text,
+	answer bigint,
+	overrun bigint,
+	spend_left bigint,
+	purse farebox.purse,
+	change text,
+	hold farebox.holds,
+	reference text,
+	actor text,
+	reason text
+);
+
+CREATE FUNCTION farebox.a_move(_purse farebox.purse, _change text, _hold farebox.holds, _reference text DEFAULT NULL::text, _actor text DEFAULT NULL::text, _reason text DEFAULT NULL::text) RETURNS farebox.move
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT NULL::bigint, NULL::text, NULL::bigint, NULL::bigint, NULL::bigint, _purse, _change, _hold,
+           _reference, _actor, _reason
+$$;
+
+CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET work_mem TO '64MB'
+    AS $$
+BEGIN
+    RETURN QUERY SELECT * FROM farebox.audit_visibility();
+    RETURN QUERY SELECT * FROM farebox.audit_accounts();
+    RETURN QUERY SELECT * FROM farebox.audit_chain();
+    RETURN QUERY SELECT * FROM farebox.audit_charges();
+    RETURN QUERY SELECT * FROM farebox.audit_prices();
+    RETURN QUERY SELECT * FROM farebox.audit_price_versions();
+    RETURN QUERY SELECT * FROM farebox.audit_leases();
+    RETURN QUERY SELECT * FROM farebox.audit_limits();
+END
+$$;
+
+CREATE FUNCTION farebox.audit_accounts() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH book AS (
+        SELECT t.account_id, count(*) AS transfers, min(t.version) AS first, max(t.version) AS last,
+               sum(CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END) AS balance,
+               sum(CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END)
+                   FILTER (WHERE t.system_account = 'receivable') AS debt
+          FROM farebox.transfers t
+         GROUP BY t.account_id
+    ), open AS (
+        SELECT h.account_id, sum(h.amount) AS held FROM farebox.holds h WHERE h.state = 'open' GROUP BY h.account_id
+    ), compared AS (
+        -- Full joins: transfers and open holds of an account that doesn't exist break the same checks.
+        SELECT coalesce(a.id, b.account_id, o.account_id)::text AS id,
+               a.balance IS NOT DISTINCT FROM coalesce(b.balance, 0) AS balance,
+               a.held IS NOT DISTINCT FROM coalesce(o.held, 0) AS held,
+               a.debt IS NOT DISTINCT FROM coalesce(b.debt, 0) AS debt,
+               a.version IS NOT DISTINCT FROM coalesce(b.last, 0)
+                   AND coalesce(b.first, 1) = 1 AND coalesce(b.transfers, 0) = coalesce(b.last, 0) AS versions,
+               coalesce(a.held >= 0 AND a.balance >= a.held AND a.debt >= 0 AND (a.debt = 0 OR a.balance = a.held), false)
+                   AS limits
+          FROM farebox.accounts a
+          FULL JOIN book b ON b.account_id = a.id
+          FULL JOIN open o ON o.account_id = coalesce(a.id, b.account_id)
+    )
+    SELECT v.name, c.checked, v.violations, v.example
+      FROM (
+               SELECT count(*) AS checked,
+                      count(*) FILTER (WHERE NOT j.balance) AS v1, min(j.id) FILTER (WHERE NOT j.balance) AS e1,
+                      count(*) FILTER (WHERE NOT j.held) AS v2, min(j.id) FILTER (WHERE NOT j.held) AS e2,
+                      count(*) FILTER (WHERE NOT j.debt) AS v3, min(j.id) FILTER (WHERE NOT j.debt) AS e3,
+                      count(*) FILTER (WHERE NOT j.versions) AS v4, min(j.id) FILTER (WHERE NOT j.versions) AS e4,
+                      count(*) FILTER (WHERE NOT j.limits) AS v5, min(j.id) FILTER (WHERE NOT j.limits) AS e5
+                 FROM compared j
+           ) AS c,
+           LATERAL (VALUES
+               ('balance_is_the_sum_of_transfers', c.v1, c.e1),
+               ('held_is_the_sum_of_open_holds', c.v2, c.e2),
+               ('debt_is_what_receivable_lent', c.v3, c.e3),
+               ('versions_are_gapless', c.v4, c.e4),
+               ('nothing_is_negative_and_debt_is_paid_first', c.v5, c.e5)
+           ) AS v (name, violations, example)
+$$;
+
+CREATE FUNCTION farebox.audit_chain() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH signed AS (
+        SELECT t.account_id, t.version, t.balance_after, t.debt_after,
+               lag(t.balance_after, 1, 0) OVER w AS balance_before, lag(t.debt_after, 1, 0) OVER w AS debt_before,
+               CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END AS amount,
+               CASE t.system_account WHEN 'receivable' THEN 1 ELSE 0 END AS lent
+          FROM farebox.transfers t
+        WINDOW w AS (PARTITION BY t.account_id ORDER BY t.version)
+    ), broken AS (
+        SELECT s.account_id || '-' || s.version AS id
+          FROM signed s
+         WHERE s.balance_after <> s.balance_before + s.amount OR s.debt_after <> s.debt_before + s.lent * s.amount
+    )
+    SELECT 'balances_chain_from_transfer_to_transfer', (SELECT count(*) FROM farebox.transfers),
+           (SELECT count(*) FROM broken), (SELECT min(b.id) FROM broken b)
+$$;
+
+CREATE FUNCTION farebox.audit_charges() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH book AS (
+        SELECT t.hold_id, t.account_id,
+               coalesce(sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END)
+                            FILTER (WHERE t.kind IN ('charge', 'true_up')), 0) AS charge,
+               coalesce(sum(t.amount) FILTER (WHERE t.kind = 'overrun'), 0) AS overrun,
+               coalesce(sum(t.amount) FILTER (WHERE t.kind = 'reversal'), 0) AS reversed
+          FROM farebox.transfers t
+         WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+         GROUP BY t.hold_id, t.account_id
+    ), compared AS (
+        SELECT coalesce(h.id, b.hold_id)::text AS id,
+               h.id IS NOT NULL
+                   AND (coalesce(h.charge, 0), h.overrun, h.reversed)
+                     = (coalesce(b.charge, 0), coalesce(b.overrun, 0), coalesce(b.reversed, 0)) AS kept
+          FROM farebox.holds h
+          FULL JOIN book b ON b.hold_id = h.id AND b.account_id = h.account_id
+    )
+    SELECT 'every_hold_was_charged_what_its_transfers_say', count(*), count(*) FILTER (WHERE NOT c.kept),
+           min(c.id) FILTER (WHERE NOT c.kept)
+      FROM compared c
+$$;
+
+CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH judged AS (
+        SELECT h.id::text AS id,
+               coalesce(
+                   w.lease_until > statement_timestamp() - interval '5 minutes'
+                   -- Nobody sweeps while no worker runs, nor in the first moments of one.
+                   OR NOT EXISTS (
+                       SELECT FROM farebox.workers live
+                        WHERE live.lease_until > statement_timestamp()
+                          AND live.started_at < statement_timestamp() - interval '5 minutes'
+                   ),
+                   false
+               ) AS kept
+          FROM farebox.holds h LEFT JOIN farebox.workers w ON w.id = h.worker_id
+         WHERE h.state = 'open'
+    )
+    SELECT 'open_holds_belong_to_a_live_worker', count(*), count(*) FILTER (WHERE NOT j.kept),
+           min(j.id) FILTER (WHERE NOT j.kept)
+      FROM judged j
+$$;
+
+CREATE FUNCTION farebox.audit_limits() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH spent AS (
+        SELECT s.family, s.spent, s.held,
+               coalesce(sum(h.charge - h.reversed), 0) AS charged,
+               coalesce(sum(h.amount) FILTER (WHERE h.state = 'open'), 0) AS open
+          FROM farebox.spend_limits s
+          JOIN farebox.api_keys k USING (family)
+          LEFT JOIN farebox.holds h ON h.account_id = k.account_id AND h.key_id = k.id
+         GROUP BY s.family
+    )
+    SELECT 'spend_limits_count_what_was_spent', count(*),
+           count(*) FILTER (WHERE (s.spent, s.held) <> (s.charged, s.open)),
+           min(s.family) FILTER (WHERE (s.spent, s.held) <> (s.charged, s.open))
+      FROM spent s
+$$;
+
+CREATE FUNCTION farebox.audit_price_versions() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH said AS (
+        SELECT v.version, r.* FROM farebox.price_versions v, LATERAL farebox.price_rows(v.body) AS r
+    ), broken AS (
+        SELECT coalesce(s.version, p.version) AS version
+          FROM said s FULL JOIN farebox.prices p USING (version, model, variant)
+         WHERE (s.rates, s.per_request) IS DISTINCT FROM (p.rates, p.per_request)
+        UNION
+        SELECT v.version FROM farebox.price_versions v
+         WHERE encode(sha256(convert_to(v.body, 'UTF8')), 'hex') <> v.version
+    )
+    SELECT 'price_versions_are_their_hash', (SELECT count(*) FROM farebox.price_versions),
+           (SELECT count(*) FROM broken), (SELECT min(b.version) FROM broken b)
+$$;
+
+CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH costs AS (
+        SELECT h.id::text AS id, h.charge, h.capped,
+               CASE WHEN h.usage IS NULL THEN 0 ELSE farebox.charge_at(p.rates, p.per_request, h.usage) END AS cost,
+               h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL OR h.charge <= h.amount AS within_hold
+          FROM farebox.holds h
+          LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
+         WHERE h.state <> 'open'
+    ), judged AS (
+        SELECT c.id, c.within_hold,
+               coalesce(c.charge = c.cost OR (c.capped IS NOT NULL AND c.charge < c.cost), false) AS kept
+          FROM costs c
+    )
+    SELECT v.name, c.checked, v.violations, v.example
+      FROM (
+               SELECT count(*) AS checked,
+                      count(*) FILTER (WHERE NOT j.kept) AS v1, min(j.id) FILTER (WHERE NOT j.kept) AS e1,
+                      count(*) FILTER (WHERE NOT j.within_hold) AS v2, min(j.id) FILTER (WHERE NOT j.within_hold) AS e2
+                 FROM judged j
+           ) AS c,
+           LATERAL (VALUES
+               ('charges_recompute_from_usage_and_price', c.v1, c.e1),
+               ('counted_charges_stay_within_their_hold', c.v2, c.e2)
+           ) AS v (name, violations, example)
+$$;
+
+CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH counted (relation, rows) AS (
+        SELECT 'accounts', count(*) FROM farebox.accounts
+        UNION ALL SELECT 'api_keys', count(*) FROM farebox.api_keys
+        UNION ALL SELECT 'holds', count(*) FROM farebox.holds
+        UNION ALL SELECT 'price_versions', count(*) FROM farebox.price_versions
+        UNION ALL SELECT 'transfers', count(*) FROM farebox.transfers
+        UNION ALL SELECT 'workers', count(*) FROM farebox.workers
+    ), judged AS (
+        SELECT c.*, c.rows = 0 AND pg_stat_get_live_tuples(('farebox.' || c.relation)::regclass) > 0 AS hidden
+          FROM counted c
+    )
+    SELECT 'rows_are_visible', sum(j.rows)::bigint, count(*) FILTER (WHERE j.hidden), min(j.relation) FILTER (WHERE j.hidden)
+      FROM judged j
+$$;
+
+CREATE FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) RETURNS TABLE(row_number bigint, outcome text, amount bigint, overrun bigint, balance bigint, held bigint, debt bigint, spend_left bigint)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    busy uuid[] := farebox.lock_accounts(_account_ids, _wait_ms);
+    at timestamptz := clock_timestamp();
+    moves farebox.move[];
+BEGIN
+    moves := ARRAY(
+        SELECT d
+          FROM farebox.decide(
+              _reserves, _finalizes, _hold_ids, _account_ids, _key_ids, _amounts, _notes, _fingerprints, _terms,
+              _key_versions, _at_leasts, _usages, _worker_ids, _price_versions, _models, _variants, _usage_sources, _capped,
+              _endings, busy, at
+          ) AS d
+    );
+    PERFORM farebox.write_moves(moves, at);
+    RETURN QUERY
+    SELECT m.row_number, m.outcome, m.answer, m.overrun, coalesce((m.purse).balance, 0),
+           coalesce((m.purse).held, 0), coalesce((m.purse).debt, 0), m.spend_left
+      FROM unnest(moves) AS m;
+END
+$$;
+
+CREATE FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) RETURNS numeric
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT _per_request + div(
+        _rates[1]::numeric * _usage[1] + _rates[2]::numeric * _usage[2] + _rates[3]::numeric * _usage[3]
+        + _rates[4]::numeric * _usage[4] + _rates[5]::numeric * _usage[5] + _rates[6]::numeric * _usage[6]
+        + _rates[7]::numeric * _usage[7] + 999999,
+        1000000
+    )
+$$;
+
+CREATE FUNCTION farebox.charge_for(_version text, _model text, _variant text, _usage bigint[]) RETURNS numeric
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT farebox.charge_at(p.rates, p.per_request, _usage)
+      FROM farebox.prices p
+     WHERE p.version = _version AND p.model = _model AND p.variant = _variant
+$$;
+
+CREATE FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) RETURNS void
+    LANGUAGE sql
+    AS $$
+    UPDATE farebox.spend_limits s
+       SET held = s.held + _held, spent = s.spent + _spent
+      FROM farebox.api_keys k
+     WHERE k.id = _key_id AND s.family = k.family
+$$;
+
+CREATE FUNCTION farebox.create_account(_id uuid, _name text, _external_id text, _email text, OUT outcome text, OUT account_id uuid) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.accounts (id, name, external_id, email)
+    VALUES (_id, _name, _external_id, _email)
+    ON CONFLICT DO NOTHING;
+    outcome := CASE WHEN FOUND THEN 'done' ELSE 'conflict' END;
+    account_id := _id;
+    IF outcome = 'done' THEN
+        RETURN;
+    END IF;
+    SELECT a.id INTO account_id
+      FROM farebox.accounts a
+     WHERE (a.id = _id OR a.external_id = _external_id)
+       AND (a.name, a.email, a.external_id) IS NOT DISTINCT FROM (_name, _email, _external_id);
+    outcome := CASE WHEN FOUND THEN 'done' ELSE 'conflict' END;
+END
+$$;
+
+CREATE FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    IF NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = _account_id) THEN
+        RETURN 'unknown';
+    END IF;
+    INSERT INTO farebox.api_keys (
+        id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at
+    ) VALUES (
+        _id, _account_id, _id, _name, _secret_hmac, _pepper_version, _scopes, _models, _profile, _affordable_cap, _expires_at
+    ) ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN farebox.known_key(_id, _account_id, _secret_hmac, NULL);
+    END IF;
+    PERFORM farebox.set_spend_limit(_id, _spend_limit);
+    RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.decide(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _busy uuid[], _at timestamp with time zone) RETURNS SETOF farebox.move
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    rows integer := cardinality(_hold_ids);
+    repeats boolean := rows > (SELECT count(DISTINCT u.id) FROM unnest(_hold_ids) AS u (id));
+    entry record;
+    current_account uuid;
+    purse farebox.purse;
+    hold farebox.holds;
+    available bigint;
+    charge bigint;
+    usage bigint[];
+    cap text;
+    outcome text;
+    answer bigint;
+    overrun bigint;
+    spend_left bigint;
+    change text;
+BEGIN
+    -- A later statement than the lock, so that a key revoked while this call waited is seen as revoked.
+    FOR entry IN
+        SELECT u.*, h AS known_hold,
+               CASE
+                   WHEN u.n <= _reserves THEN 'reserve'
+                   WHEN u.n <= _reserves + _finalizes THEN 'finalize'
+                   ELSE 'release'
+               END AS op,
+               CASE WHEN u.n <= _reserves THEN CASE
+                   WHEN w.lease_until IS NULL OR w.lease_until <= _at THEN 'worker_lapsed'
+                   WHEN k.id IS NULL OR k.account_id <> u.account_id OR p.version IS NULL THEN 'unknown'
+                   WHEN k.version <> u.key_version OR k.revoked_at IS NOT NULL THEN 'key_changed'
+                   WHEN k.expires_at <= _at THEN 'key_expired'
+               END END AS refusal
+          FROM unnest(
+                   _hold_ids, _account_ids, _key_ids, _amounts, _notes, _fingerprints, _terms, _key_versions, _at_leasts
+               ) WITH ORDINALITY AS u (
+                   hold_id, account_id, key_id, amount, note, fingerprint, term, key_version, at_least, n
+               )
+          LEFT JOIN farebox.holds h ON h.id = u.hold_id
+          LEFT JOIN farebox.workers w ON w.id = _worker_ids[u.term]
+          LEFT JOIN farebox.api_keys k ON k.id = u.key_id
+          LEFT JOIN farebox.prices p ON p.version = _price_versions[u.term] AND p.model = _models[u.term]
+                                    AND p.variant = _variants[u.term]
+         ORDER BY u.account_id,
+                  CASE WHEN repeats THEN (
+                      SELECT min(x.n + CASE WHEN x.n > _reserves THEN -rows ELSE 0 END)
+                        FROM unnest(_hold_ids) WITH ORDINALITY AS x (id, n)
+                       WHERE x.id = u.hold_id
+                  ) END,
+                  u.n <= _reserves, u.n
+    LOOP
+        IF current_account IS DISTINCT FROM entry.account_id THEN
+            current_account := entry.account_id;
+            purse := farebox.open_purse(current_account);
+            hold := NULL;
+        END IF;
+        IF purse.account_id IS NULL OR entry.account_id = ANY (_busy) THEN
+            outcome := CASE WHEN purse.account_id IS NULL THEN 'unknown' ELSE 'busy' END;
+            RETURN NEXT (entry.n, outcome, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL)::farebox.move;
+            CONTINUE;
+        END IF;
+        IF hold.id IS DISTINCT FROM entry.hold_id THEN
+            hold := entry.known_hold;
+        END IF;
+        answer := 0;
+        overrun := 0;
+        spend_left := NULL;
+        change := NULL;
+
+        IF hold.account_id <> entry.account_id THEN
+            outcome := 'conflict';
+
+        ELSIF entry.op = 'finalize' THEN
+            IF hold.state = 'released' THEN
+                outcome := 'released';
+            ELSIF hold.state = 'final' THEN
+                outcome := CASE hold.settle_fingerprint WHEN entry.fingerprint THEN 'final' ELSE 'conflict' END;
+            ELSE
+                outcome := 'final';
+                charge := entry.amount;
+                usage := _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7];
+                cap := _capped[entry.term];
+                IF _usage_sources[entry.term] = 'counted' AND charge > hold.amount THEN
+                    charge := hold.amount;
+                    cap := 'counted_above_hold';
+                END IF;
+                purse := farebox.settled(
+                    purse, hold.state, hold.amount, hold.charge, coalesce(hold.key_id, entry.key_id), charge
+                );
+                change := CASE WHEN hold.id IS NULL THEN 'insert' ELSE 'update' END;
+                hold := (
+                    entry.hold_id, entry.account_id, 'final', coalesce(hold.amount, 0), coalesce(hold.key_id, entry.key_id),
+                    coalesce(hold.worker_id, _worker_ids[entry.term]), _price_versions[entry.term], _models[entry.term], _variants[entry.term], hold.quote,
+                    hold.fingerprint, hold.mark, coalesce(hold.opened_at, _at), charge,
+                    coalesce(hold.overrun, 0) + purse.lent, 0, usage, _usage_sources[entry.term], cap, _endings[entry.term],
+                    entry.note, entry.fingerprint, _at
+                )::farebox.holds;
+            END IF;
+            IF outcome = 'final' THEN
+                answer := hold.charge;
+                overrun := hold.overrun;
+            END IF;
+
+        ELSIF entry.op = 'release' THEN
+            IF hold.id IS NULL THEN
+                -- A tombstone, so that its reserve, arriving late, holds nothing.
+                purse := farebox.moved(purse, NULL, 0, 0);
+                change := 'insert';
+                hold.id := entry.hold_id;
+                hold.account_id := entry.account_id;
+                hold.state := 'released';
+                hold.amount := 0;
+                hold.worker_id := _worker_ids[entry.term];
+                hold.opened_at := _at;
+                hold.charge := 0;
+                hold.overrun := 0;
+                hold.reversed := 0;
+                hold.ending := 'released';
+                hold.ended_at := _at;
+            ELSIF hold.state IN ('open', 'provisional') THEN
+                -- What the sweeper has charged meanwhile is trued up to nothing; the hold is then final.
+                purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, 0);
+                change := 'update';
+                answer := CASE hold.state WHEN 'open' THEN hold.amount ELSE hold.charge END;
+                hold.state := CASE hold.state WHEN 'open' THEN 'released' ELSE 'final' END;
+                hold.charge := 0;
+                hold.usage := NULL;
+                hold.usage_source := NULL;
+                hold.capped := NULL;
+                hold.ending := 'released';
+                hold.ended_at := _at;
+            END IF;
+            outcome := hold.state;
+
+        ELSIF hold.id IS NOT NULL THEN
+            outcome := CASE
+                WHEN hold.fingerprint <> entry.fingerprint THEN 'conflict'
+                WHEN hold.state = 'open' THEN 'granted'
+                ELSE 'ended'
+            END;
+            answer := CASE outcome WHEN 'granted' THEN hold.amount ELSE 0 END;
+
+        ELSIF entry.refusal IS NOT NULL THEN
+            outcome := entry.refusal;
+
+        ELSE
+            available := purse.balance - purse.held;
+            IF purse.limited THEN
+                spend_left := farebox.spend_left(entry.key_id);
+            END IF;
+            IF purse.debt > 0 OR purse.balance < entry.at_least THEN
+                outcome := 'insufficient';
+            ELSIF available < entry.at_least THEN
+                outcome := 'credits_held';
+            ELSIF spend_left < entry.at_least THEN
+                outcome := 'spend_limit';
+            ELSE
+                outcome := 'granted';
+                answer := least(entry.amount, available, spend_left);
+                purse := farebox.moved(purse, NULL, 0, -answer);
+                change := 'insert';
+                hold := (
+                    entry.hold_id, entry.account_id, 'open', answer, entry.key_id, _worker_ids[entry.term], _price_versions[entry.term],
+                    _models[entry.term], _variants[entry.term], entry.note, entry.fingerprint, NULL, _at, NULL,
+                    0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+                )::farebox.holds;
+                IF spend_left IS NOT NULL THEN
+                    PERFORM farebox.count_spend(entry.key_id, answer, 0);
+                    spend_left := spend_left - answer;
+                END IF;
+            END IF;
+        END IF;
+        RETURN NEXT (
+            entry.n, outcome, answer, overrun, spend_left, purse, change,
+            CASE WHEN change IS NOT NULL THEN hold END, NULL, NULL, NULL
+        )::farebox.move;
+    END LOOP;
+END
+$$;
+
+CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) RETURNS TABLE(hold_id uuid, account_id uuid, charge bigint)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+#variable_conflict use_column
+DECLARE
+    at timestamptz;
+    candidates uuid[];
+    lapsed uuid[];
+    accounts uuid[];
+    purse farebox.purse;
+    hold farebox.holds;
+    cost numeric;
+    moves farebox.move[] := '{}';
+BEGIN
+    IF clock_timestamp() < pg_postmaster_start_time() + _restart_grace
+       OR NOT pg_try_advisory_xact_lock(hashtextextended('farebox.expire_holds', 0)) THEN
+        RETURN;
+    END IF;
+    candidates := ARRAY(
+        SELECT h.id
+          FROM farebox.holds h
+         WHERE h.state = 'open'
+           AND NOT EXISTS (
+               SELECT FROM farebox.workers w WHERE w.id = h.worker_id AND w.lease_until > clock_timestamp()
+           )
+         LIMIT _limit
+    );
+    -- Locks in the order worker, account, hold; every condition is checked again once the lock is held.
+    lapsed := ARRAY(
+        SELECT w.id
+          FROM farebox.workers w
+         WHERE w.id IN (SELECT h.worker_id FROM farebox.holds h WHERE h.id = ANY (candidates))
+           AND w.lease_until <= clock_timestamp()
+         ORDER BY w.id
+           FOR NO KEY UPDATE SKIP LOCKED
+    );
+    accounts := ARRAY(
+        SELECT a.id
+          FROM farebox.accounts a
+         WHERE a.id IN (SELECT h.account_id FROM farebox.holds h WHERE h.id = ANY (candidates))
+         ORDER BY a.id
+           FOR NO KEY UPDATE SKIP LOCKED
+    );
+    at := clock_timestamp();
+    FOR hold IN
+        SELECT h.*
+          FROM farebox.holds h
+         WHERE h.id = ANY (candidates) AND h.state = 'open'
+           AND h.worker_id = ANY (lapsed) AND h.account_id = ANY (accounts)
+         ORDER BY h.account_id, h.id
+           FOR NO KEY UPDATE
+    LOOP
+        IF purse.account_id IS DISTINCT FROM hold.account_id THEN
+            purse := farebox.open_purse(hold.account_id);
+        END IF;
+        -- A mark was counted by us, so it never costs more than was held.
+        cost := coalesce(farebox.charge_for(hold.price_version, hold.model, hold.variant, hold.mark), 0);
+        hold.capped := CASE WHEN cost > hold.amount THEN 'counted_above_hold' END;
+        cost := least(cost, hold.amount);
+        purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, cost::bigint);
+        hold.state := 'provisional';
+        hold.charge := cost;
+        hold.overrun := purse.lent;
+        hold.usage := hold.mark;
+        hold.usage_source := CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END;
+        hold.ending := 'worker_gone';
+        hold.ended_at := at;
+        moves := moves || farebox.a_move(purse, 'update', hold);
+        RETURN QUERY SELECT hold.id, hold.account_id, cost::bigint;
+    END LOOP;
+    PERFORM farebox.write_moves(moves, at);
+END
+$$;
+
+CREATE FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    purse farebox.purse;
+    hold farebox.holds;
+    addable bigint;
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    purse := farebox.open_purse(_account_id);
+    SELECT * INTO hold FROM farebox.holds h WHERE h.id = _hold_id AND h.account_id = _account_id;
+    granted := 0;
+    total := coalesce(hold.amount, 0);
+    state := coalesce(hold.state, 'unknown');
+    IF state <> 'open' OR hold.worker_id <> _worker_id OR purse.debt > 0 THEN
+        RETURN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM farebox.workers w WHERE w.id = _worker_id AND w.lease_until > clock_timestamp()) THEN
+        RETURN;
+    END IF;
+    addable := least(_by, purse.balance - purse.held, CASE WHEN purse.limited THEN farebox.spend_left(hold.key_id) END);
+    IF addable < _at_least OR addable <= 0 THEN
+        RETURN;
+    END IF;
+    granted := addable;
+    total := hold.amount + granted;
+    hold.amount := total;
+    PERFORM farebox.write_moves(
+        ARRAY[farebox.a_move(farebox.moved(purse, NULL, 0, -granted), 'update', hold)], clock_timestamp()
+    );
+    IF purse.limited THEN
+        PERFORM farebox.count_spend(hold.key_id, granted, 0);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION farebox.find_key(_key_id text) RETURNS TABLE(id text, account_id uuid, name text, secret_hmac bytea, pepper_version integer, scopes text[], models text[], profile text, affordable_cap boolean, spend_limit bigint, spent bigint, version integer, created_at timestamp with time zone, expires_at timestamp with time zone, revoked_at timestamp with time zone, rotated_from text)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT k.id, k.account_id, k.name, k.secret_hmac, k.pepper_version, k.scopes, k.models, k.profile, k.affordable_cap,
+           s.spend_limit, coalesce(s.spent, 0), k.version, k.created_at, k.expires_at, k.revoked_at, k.rotated_from
+      FROM farebox.api_keys k
+      LEFT JOIN farebox.spend_limits s USING (family)
+     WHERE k.id = _key_id
+$$;
+
+CREATE FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    purse farebox.purse;
+    known farebox.transfers;
+    at timestamptz;
+BEGIN
+    IF _kind <> 'grant' THEN
+        RAISE EXCEPTION 'no such kind of grant: %', _kind USING ERRCODE = '22023';
+    END IF;
+    PERFORM farebox.lock_reference(_kind, _reference);
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    SELECT * INTO known FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference;
+    IF known.version IS NOT NULL THEN
+        outcome := CASE WHEN known.account_id = _account_id AND known.amount = _amount THEN 'done' ELSE 'conflict' END;
+        transfer_account := known.account_id;
+        transfer_version := known.version;
+        RETURN;
+    END IF;
+    purse := farebox.open_purse(_account_id);
+    outcome := CASE
+        WHEN purse IS NULL THEN 'unknown'
+        -- Some room below what 64 bits carry, for sums.
+        WHEN purse.balance > 1000000000000000000 - _amount THEN 'above_limit'
+        ELSE 'done'
+    END;
+    IF outcome <> 'done' THEN
+        RETURN;
+    END IF;
+    at := clock_timestamp();
+    transfer_account := _account_id;
+    transfer_version := purse.version + 1;
+    purse := farebox.moved(purse, _kind, -_amount, 0);
+    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'account', NULL, _reference, _actor, _reason)], at);
+END
+$$;
+
+CREATE FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) RETURNS bigint[]
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT ARRAY[
+        greatest(_a[1], _b[1]), greatest(_a[2], _b[2]), greatest(_a[3], _b[3]), greatest(_a[4], _b[4]),
+        greatest(_a[5], _b[5]), greatest(_a[6], _b[6]), greatest(_a[7], _b[7])
+    ]
+$$;
+
+CREATE FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.workers AS w
+       SET lease_until = clock_timestamp() + farebox.lease_length()
+     WHERE w.id = _worker_id AND w.stopped_at IS NULL;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    WITH given AS MATERIALIZED (
+        SELECT u.id, _usages[u.n * 7 - 6 : u.n * 7] AS usage FROM unnest(_hold_ids) WITH ORDINALITY AS u (id, n)
+    ), free AS MATERIALIZED (
+        SELECT h.id
+          FROM farebox.holds h
+         WHERE h.id = ANY (_hold_ids) AND h.worker_id = _worker_id AND h.state = 'open'
+         ORDER BY h.id
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE farebox.holds AS h
+       SET mark = farebox.greater_usage(h.mark, given.usage)
+      FROM free JOIN given USING (id)
+     WHERE h.id = free.id AND h.state = 'open';
+    RETURN true;
+END
+$$;
+
+CREATE FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) RETURNS text
+    LANGUAGE sql
+    AS $$
+    SELECT CASE WHEN (k.account_id, k.secret_hmac, k.rotated_from) IS NOT DISTINCT FROM (_account_id, _secret_hmac, _rotated_from)
+                THEN 'done' ELSE 'conflict' END
+      FROM farebox.api_keys k
+     WHERE k.id = _id
+$$;
+
+CREATE FUNCTION farebox.lease_length() RETURNS interval
+    LANGUAGE sql IMMUTABLE
+    AS $$ SELECT interval '30 seconds' $$;
+
+CREATE FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) RETURNS uuid[]
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    locked uuid[];
+BEGIN
+    -- Under a snapshot older than the lock, the checks after it would see a key as it was before the wait.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'the ledger writes under READ COMMITTED only' USING ERRCODE = '25001';
+    END IF;
+    IF _wait_ms IS DISTINCT FROM 0 THEN
+        IF _wait_ms IS NOT NULL THEN
+            PERFORM set_config('lock_timeout', _wait_ms::text, true);
+        END IF;
+        PERFORM FROM farebox.accounts a WHERE a.id = ANY (_account_ids) ORDER BY a.id FOR NO KEY UPDATE;
+        RETURN '{}';
+    END IF;
+    locked := ARRAY(
+        SELECT a.id FROM farebox.accounts a WHERE a.id = ANY (_account_ids) ORDER BY a.id FOR NO KEY UPDATE SKIP LOCKED
+    );
+    RETURN ARRAY(
+        SELECT a.id FROM farebox.accounts a WHERE a.id = ANY (_account_ids) AND a.id <> ALL (locked)
+    );
+END
+$$;
+
+CREATE TABLE farebox.api_keys (
+    id text NOT NULL,
+    account_id uuid NOT NULL,
+    family text NOT NULL,
+    name text NOT NULL,
+    secret_hmac bytea NOT NULL,
+    pepper_version integer NOT NULL,
+    scopes text[] NOT NULL,
+    models text[],
+    profile text,
+    affordable_cap boolean NOT NULL,
+    version integer DEFAULT 1 NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    expires_at timestamp with time zone,
+    revoked_at timestamp with time zone,
+    rotated_from text
+);
+
+CREATE FUNCTION farebox.lock_key(_id text) RETURNS farebox.api_keys
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    key farebox.api_keys;
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY(SELECT k.account_id FROM farebox.api_keys k WHERE k.id = _id), NULL);
+    SELECT * INTO key FROM farebox.api_keys k WHERE k.id = _id;
+    RETURN key;
+END
+$$;
+
+CREATE FUNCTION farebox.lock_reference(_kind text, _reference text) RETURNS void
+    LANGUAGE sql
+    AS $$
+    SELECT pg_advisory_xact_lock(hashtextextended(_kind || ':' || _reference, 1)) WHERE _reference IS NOT NULL
+$$;
+
+CREATE FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) RETURNS farebox.purse
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+BEGIN
+    purse.held := purse.held - _freed;
+    purse.kind := _kind;
+    purse.due := _due;
+    purse.lent := CASE WHEN _due > 0 THEN greatest(_due - (purse.balance - purse.held), 0) ELSE 0 END;
+    purse.balance := purse.balance + purse.lent - _due;
+    purse.debt := purse.debt + purse.lent;
+    purse.paid := least(purse.debt, purse.balance - purse.held);
+    purse.balance := purse.balance - purse.paid;
+    purse.debt := purse.debt - purse.paid;
+    -- Each of the three is a transfer and takes a version.
+    purse.version := purse.version + (purse.lent > 0)::integer + (_due <> 0)::integer + (purse.paid > 0)::integer;
+END
+$$;
+
+CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
+    LANGUAGE sql
+    AS $$
+    SELECT a.id, a.balance, a.held, a.debt, a.version,
+           EXISTS (SELECT FROM farebox.spend_limits s WHERE s.account_id = a.id), NULL::text, 0::bigint, 0::bigint, 0::bigint
+      FROM farebox.accounts a
+     WHERE a.id = _account_id
+$$;
+
+CREATE FUNCTION farebox.price_rows(_body text) RETURNS TABLE(model text, variant text, rates bigint[], per_request bigint)
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT route.key, priced.key,
+           ARRAY(SELECT r.value::bigint
+                   FROM jsonb_array_elements_text(priced.value -> 'rates') WITH ORDINALITY AS r (value, position)
+                  ORDER BY r.position),
+           (priced.value ->> 'per_request')::bigint
+      FROM jsonb_each(_body::jsonb -> 'routes') AS route,
+           jsonb_each(route.value -> 'variants') AS priced
+$$;
+
+CREATE FUNCTION farebox.put_price_version(_version text, _body text) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    IF encode(sha256(convert_to(_body, 'UTF8')), 'hex') IS DISTINCT FROM _version THEN
+        RAISE EXCEPTION 'price version % is not the SHA-256 of its body', left(_version, 64) USING ERRCODE = '22023';
+    END IF;
+    INSERT INTO farebox.price_versions (version, body) VALUES (_version, _body) ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO farebox.prices (version, model, variant, rates, per_request)
+    SELECT _version, r.model, r.variant, r.rates, r.per_request FROM farebox.price_rows(_body) AS r;
+    RETURN true;
+END
+$$;
+
+CREATE FUNCTION farebox.refuse_change() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME USING ERRCODE = '55000';
+END
+$$;
+
+CREATE FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    purse farebox.purse;
+    hold farebox.holds;
+    known farebox.transfers;
+    back bigint;
+    at timestamptz;
+BEGIN
+    PERFORM farebox.lock_reference('reversal', _reference);
+    PERFORM farebox.lock_accounts(ARRAY(SELECT h.account_id FROM farebox.holds h WHERE h.id = _hold_id), NULL);
+    SELECT * INTO known FROM farebox.transfers t WHERE t.kind = 'reversal' AND t.reference = _reference;
+    IF known.version IS NOT NULL THEN
+        outcome := CASE
+            WHEN known.hold_id = _hold_id AND known.amount = coalesce(_amount, known.amount) THEN 'done' ELSE 'conflict'
+        END;
+        transfer_account := known.account_id;
+        transfer_version := known.version;
+        RETURN;
+    END IF;
+    SELECT * INTO hold FROM farebox.holds h WHERE h.id = _hold_id;
+    back := coalesce(_amount, hold.charge - hold.reversed);
+    outcome := CASE
+        WHEN hold.id IS NULL THEN 'unknown'
+        WHEN hold.state <> 'final' THEN 'not_final'
+        WHEN back <= 0 OR back > hold.charge - hold.reversed THEN 'above_charge'
+        ELSE 'done'
+    END;
+    IF outcome <> 'done' THEN
+        RETURN;
+    END IF;
+    at := clock_timestamp();
+    purse := farebox.open_purse(hold.account_id);
+    transfer_account := purse.account_id;
+    transfer_version := purse.version + 1;
+    purse := farebox.moved(purse, 'reversal', -back, 0);
+    hold.reversed := hold.reversed + back;
+    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'update', hold, _reference, _actor, _reason)], at);
+    IF purse.limited THEN
+        PERFORM farebox.count_spend(hold.key_id, 0, -back);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION farebox.revoke_key(_id text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    key farebox.api_keys := farebox.lock_key(_id);
+BEGIN
+    IF key.id IS NULL THEN
+        RETURN 'unknown';
+    END IF;
+    UPDATE farebox.api_keys AS k
+       SET revoked_at = clock_timestamp(), version = k.version + 1
+     WHERE k.id = _id AND k.revoked_at IS NULL;
+    RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.rotate_key(_id text, _new_id text, _secret_hmac bytea, _pepper_version integer, _overlap interval) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    key farebox.api_keys := farebox.lock_key(_id);
+    ends_at timestamptz := clock_timestamp() + _overlap;
+BEGIN
+    IF key.id IS NULL THEN
+        RETURN 'unknown';
+    END IF;
+    IF key.revoked_at IS NOT NULL OR key.expires_at <= clock_timestamp() THEN
+        RETURN 'conflict';
+    END IF;
+    INSERT INTO farebox.api_keys (
+        id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at,
+        rotated_from
+    ) VALUES (
+        _new_id, key.account_id, key.family, key.name, _secret_hmac, _pepper_version, key.scopes, key.models, key.profile,
+        key.affordable_cap, key.expires_at, key.id
+    ) ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN farebox.known_key(_new_id, key.account_id, _secret_hmac, _id);
+    END IF;
+    UPDATE farebox.api_keys AS k
+       SET expires_at = least(k.expires_at, ends_at), version = k.version + 1
+     WHERE k.id = _id;
+    RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) RETURNS record
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT m.number, m.serves_from FROM farebox.schema_migrations m ORDER BY m.number DESC LIMIT 1
+$$;
+
+CREATE FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    key farebox.api_keys;
+BEGIN
+    SELECT * INTO key FROM farebox.api_keys k WHERE k.id = _key_id;
+    IF _spend_limit IS NULL THEN
+        DELETE FROM farebox.spend_limits s WHERE s.family = key.family;
+        RETURN;
+    END IF;
+    INSERT INTO farebox.spend_limits AS s (family, account_id, spend_limit, spent, held)
+    SELECT key.family, key.account_id, _spend_limit,
+           coalesce(sum(h.charge - h.reversed), 0), coalesce(sum(h.amount) FILTER (WHERE h.state = 'open'), 0)
+      FROM farebox.holds h
+     WHERE h.account_id = key.account_id
+       AND h.key_id IN (SELECT k.id FROM farebox.api_keys k WHERE k.family = key.family)
+    ON CONFLICT (family) DO UPDATE SET spend_limit = _spend_limit;
+END
+$$;
+
+CREATE FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) RETURNS farebox.purse
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    freed bigint := CASE _state WHEN 'open' THEN _amount ELSE 0 END;
+    due bigint := _charge - coalesce(_charged, 0);
+BEGIN
+    purse := farebox.moved(purse, CASE _state WHEN 'provisional' THEN 'true_up' ELSE 'charge' END, due, freed);
+    IF purse.limited THEN
+        PERFORM farebox.count_spend(_key_id, -freed, due);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION farebox.spend_left(_key_id text) RETURNS bigint
+    LANGUAGE sql
+    AS $$
+    SELECT greatest(s.spend_limit - s.spent - s.held, 0)
+      FROM farebox.api_keys k JOIN farebox.spend_limits s USING (family)
+     WHERE k.id = _key_id
+$$;
+
+CREATE FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _release text) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.workers AS w (id, hostname, release, lease_until)
+    VALUES (_worker_id, _hostname, _release, clock_timestamp() + farebox.lease_length())
+    ON CONFLICT (id) DO UPDATE SET lease_until = clock_timestamp() + farebox.lease_length() WHERE w.stopped_at IS NULL;
+    RETURN FOUND;
+END
+$$;
+
+CREATE FUNCTION farebox.stop_worker(_worker_id uuid) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.workers AS w
+       SET stopped_at = clock_timestamp(), lease_until = least(w.lease_until, clock_timestamp())
+     WHERE w.id = _worker_id AND w.stopped_at IS NULL;
+    RETURN FOUND;
+END
+$$;
+
+CREATE FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    key farebox.api_keys := farebox.lock_key(_id);
+BEGIN
+    IF key.id IS NULL THEN
+        RETURN 'unknown';
+    END IF;
+    IF key.version <> _version OR key.revoked_at IS NOT NULL THEN
+        RETURN 'conflict';
+    END IF;
+    UPDATE farebox.api_keys AS k
+       SET name = _name, scopes = _scopes, models = _models, profile = _profile, affordable_cap = _affordable_cap,
+           expires_at = _expires_at, version = k.version + 1
+     WHERE k.id = _id;
+    PERFORM farebox.set_spend_limit(_id, _spend_limit);
+    RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.write_moves(_moves farebox.move[], _at timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    INSERT INTO farebox.holds
+    SELECT (m.hold).* FROM unnest(_moves) AS m WHERE m.change = 'insert';
+
+    UPDATE farebox.holds AS h
+       SET state = (m.hold).state, amount = (m.hold).amount, charge = (m.hold).charge, overrun = (m.hold).overrun,
+           reversed = (m.hold).reversed, usage = (m.hold).usage, usage_source = (m.hold).usage_source,
+           capped = (m.hold).capped, ending = (m.hold).ending, receipt = (m.hold).receipt,
+           settle_fingerprint = (m.hold).settle_fingerprint, ended_at = (m.hold).ended_at,
+           price_version = (m.hold).price_version, model = (m.hold).model, variant = (m.hold).variant
+      FROM unnest(_moves) AS m
+     WHERE m.change = 'update' AND h.id = (m.hold).id;
+
+    -- The purse is as it was after the last of a move's transfers; later ones are taken back out for the earlier.
+    INSERT INTO farebox.transfers (
+        account_id, version, kind, account_side, system_account, amount, balance_after, debt_after,
+        hold_id, reference, actor, reason, created_at
+    )
+    SELECT p.account_id, p.version - t.later, t.kind, t.side, t.system_account, t.amount, p.balance + t.owned, p.debt + t.owed,
+           (m.hold).id, CASE t.kind WHEN p.kind THEN m.reference END, m.actor, m.reason, _at
+      FROM unnest(_moves) AS m,
+           LATERAL (SELECT (m.purse).*) AS p,
+           LATERAL (VALUES
+               ('overrun', 'credit', 'receivable', p.lent, 1, p.due, 0),
+               (p.kind, CASE WHEN p.due > 0 THEN 'debit' ELSE 'credit' END,
+                CASE p.kind WHEN 'grant' THEN 'grants' ELSE 'revenue' END,
+                abs(p.due), (p.paid > 0)::integer, p.paid, p.paid),
+               ('debt_payment', 'debit', 'receivable', p.paid, 0, 0, 0)
+           ) AS t (kind, side, system_account, amount, later, owned, owed)
+     WHERE m.change IS NOT NULL AND (p.due <> 0 OR p.paid > 0) AND t.amount > 0;
+
+    UPDATE farebox.accounts AS a
+       SET balance = (last.purse).balance, held = (last.purse).held, debt = (last.purse).debt,
+           version = (last.purse).version
+      FROM (
+          SELECT DISTINCT ON ((m.purse).account_id) m.purse
+            FROM unnest(_moves) WITH ORDINALITY AS m
+           WHERE m.change IS NOT NULL
+           ORDER BY (m.purse).account_id, m.ordinality DESC
+      ) AS last
+     WHERE a.id = (last.purse).account_id;
+END
+$$;
+
+CREATE TABLE farebox.accounts (
+    id uuid NOT NULL,
+    name text NOT NULL,
+    external_id text,
+    email text,
+    balance bigint DEFAULT 0 NOT NULL,
+    held bigint DEFAULT 0 NOT NULL,
+    debt bigint DEFAULT 0 NOT NULL,
+    version bigint DEFAULT 0 NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT available_not_negative CHECK (((balance - held) >= 0)),
+    CONSTRAINT debt_not_negative CHECK ((debt >= 0)),
+    CONSTRAINT debt_paid_first CHECK (((debt = 0) OR (balance = held))),
+    CONSTRAINT held_not_negative CHECK ((held >= 0))
+)
+WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE TABLE farebox.price_versions (
+    version text NOT NULL,
+    body text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT price_versions_version_check CHECK ((version ~ '^[0-9a-f]{64}$'::text))
+);
+
+CREATE TABLE farebox.prices (
+    version text NOT NULL,
+    model text NOT NULL,
+    variant text NOT NULL,
+    rates bigint[] NOT NULL,
+    per_request bigint NOT NULL,
+    CONSTRAINT prices_per_request_check CHECK ((per_request >= 0)),
+    CONSTRAINT seven_rates CHECK (((cardinality(rates) = 7) AND (0 <= ALL (rates))))
+);
+
+CREATE TABLE farebox.schema_migrations (
+    number integer NOT NULL,
+    name text NOT NULL,
+    checksum text NOT NULL,
+    serves_from integer NOT NULL,
+    applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+CREATE TABLE farebox.spend_limits (
+    family text NOT NULL,
+    account_id uuid NOT NULL,
+    spend_limit bigint NOT NULL,
+    spent bigint NOT NULL,
+    held bigint NOT NULL,
+    CONSTRAINT spend_limits_held_check CHECK ((held >= 0)),
+    CONSTRAINT spend_limits_spend_limit_check CHECK ((spend_limit >= 0)),
+    CONSTRAINT spend_limits_spent_check CHECK ((spent >= 0))
+)
+WITH (fillfactor='50');
+
+CREATE TABLE farebox.transfers (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    kind text NOT NULL,
+    account_side text NOT NULL,
+    system_account text NOT NULL,
+    amount bigint NOT NULL,
+    balance_after bigint NOT NULL,
+    debt_after bigint NOT NULL,
+    hold_id uuid,
+    reference text,
+    actor text,
+    reason text,
+    created_at timestamp with time zone NOT NULL,
+    CONSTRAINT known_kind CHECK ((kind = ANY (ARRAY['grant'::text, 'charge'::text, 'true_up'::text, 'overrun'::text, 'debt_payment'::text, 'reversal'::text]))),
+    CONSTRAINT transfers_account_side_check CHECK ((account_side = ANY (ARRAY['debit'::text, 'credit'::text]))),
+    CONSTRAINT transfers_amount_check CHECK ((amount > 0)),
+    CONSTRAINT transfers_balance_after_check CHECK ((balance_after >= 0)),
+    CONSTRAINT transfers_debt_after_check CHECK ((debt_after >= 0)),
+    CONSTRAINT transfers_system_account_check CHECK ((system_account = ANY (ARRAY['revenue'::text, 'stripe'::text, 'grants'::text, 'refunds'::text, 'disputes'::text, 'expired'::text, 'receivable'::text])))
+);
+
+CREATE TABLE farebox.workers (
+    id uuid NOT NULL,
+    hostname text NOT NULL,
+    release text NOT NULL,
+    started_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    lease_until timestamp with time zone NOT NULL,
+    stopped_at timestamp with time zone
+)
+WITH (fillfactor='50');
+
+ALTER TABLE ONLY farebox.accounts
+    ADD CONSTRAINT accounts_external_id_key UNIQUE (external_id);
+
+ALTER TABLE ONLY farebox.accounts
+    ADD CONSTRAINT accounts_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.api_keys
+    ADD CONSTRAINT api_keys_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.holds
+    ADD CONSTRAINT holds_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.price_versions
+    ADD CONSTRAINT price_versions_pkey PRIMARY KEY (version);
+
+ALTER TABLE ONLY farebox.prices
+    ADD CONSTRAINT prices_pkey PRIMARY KEY (version, model, variant);
+
+ALTER TABLE ONLY farebox.schema_migrations
+    ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (number);
+
+ALTER TABLE ONLY farebox.spend_limits
+    ADD CONSTRAINT spend_limits_pkey PRIMARY KEY (family);
+
+ALTER TABLE ONLY farebox.transfers
+    ADD CONSTRAINT transfers_pkey PRIMARY KEY (account_id, version);
+
+ALTER TABLE ONLY farebox.workers
+    ADD CONSTRAINT workers_pkey PRIMARY KEY (id);
+
+CREATE INDEX api_keys_account ON farebox.api_keys USING btree (account_id);
+
+CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
+
+CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id);
+
+CREATE INDEX holds_open ON farebox.holds USING btree (worker_id) WHERE (state = 'open'::text);
+
+CREATE INDEX spend_limits_account ON farebox.spend_limits USING btree (account_id);
+
+CREATE UNIQUE INDEX transfers_once_a_hold ON farebox.transfers USING btree (hold_id, kind) WHERE (kind = ANY (ARRAY['charge'::text, 'true_up'::text]));
+
+CREATE UNIQUE INDEX transfers_reference ON farebox.transfers USING btree (kind, reference) WHERE (reference IS NOT NULL);
+
+CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.transfers FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER immutable BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.price_versions FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER immutable BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.prices FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.accounts FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.api_keys FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.holds FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+ALTER TABLE ONLY farebox.api_keys
+    ADD CONSTRAINT api_keys_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
+ALTER TABLE ONLY farebox.api_keys
+    ADD CONSTRAINT api_keys_family_fkey FOREIGN KEY (family) REFERENCES farebox.api_keys(id);
+
+ALTER TABLE ONLY farebox.prices
+    ADD CONSTRAINT prices_version_fkey FOREIGN KEY (version) REFERENCES farebox.price_versions(version);
+
+ALTER TABLE ONLY farebox.spend_limits
+    ADD CONSTRAINT spend_limits_family_fkey FOREIGN KEY (family) REFERENCES farebox.api_keys(id);
+
+ALTER TABLE farebox.accounts ENABLE ROW LEVEL SECURITY;
+
+CREATE POLICY all_accounts ON farebox.accounts FOR SELECT TO farebox_control USING (true);
+
+CREATE POLICY all_holds ON farebox.holds FOR SELECT TO farebox_control USING (true);
+
+CREATE POLICY all_transfers ON farebox.transfers FOR SELECT TO farebox_control USING (true);
+
+ALTER TABLE farebox.holds ENABLE ROW LEVEL SECURITY;
+
+CREATE POLICY own_account ON farebox.accounts FOR SELECT TO farebox_reader USING ((id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
+
+CREATE POLICY own_holds ON farebox.holds FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
+
+CREATE POLICY own_transfers ON farebox.transfers FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
+
+ALTER TABLE farebox.transfers ENABLE ROW LEVEL SECURITY;
+
+GRANT USAGE ON SCHEMA farebox TO farebox_gateway;
+GRANT USAGE ON SCHEMA farebox TO farebox_control;
+GRANT USAGE ON SCHEMA farebox TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.holds TO farebox_control;
+GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.a_move(_purse farebox.purse, _change text, _hold farebox.holds, _reference text, _actor text, _reason text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit() FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.audit() TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.audit_accounts() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_chain() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_charges() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_leases() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_limits() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_price_versions() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_prices() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_visibility() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.charge_for(_version text, _model text, _variant text, _usage bigint[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id text, _email text, OUT outcome text, OUT account_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id text, _email text, OUT outcome text, OUT account_id uuid) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.decide(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _busy uuid[], _at timestamp with time zone) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.find_key(_key_id text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.find_key(_key_id text) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.lease_length() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) FROM PUBLIC;
+
+GRANT SELECT ON TABLE farebox.api_keys TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.lock_key(_id text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.lock_reference(_kind text, _reference text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.open_purse(_account_id uuid) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.price_rows(_body text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;
+GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.refuse_change() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.revoke_key(_id text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.revoke_key(_id text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.rotate_key(_id text, _new_id text, _secret_hmac bytea, _pepper_version integer, _overlap interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.rotate_key(_id text, _new_id text, _secret_hmac bytea, _pepper_version integer, _overlap interval) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) TO farebox_gateway;
+GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) TO farebox_control;
+GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.spend_left(_key_id text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _release text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _release text) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.write_moves(_moves farebox.move[], _at timestamp with time zone) FROM PUBLIC;
+
+GRANT SELECT ON TABLE farebox.accounts TO farebox_control;
+GRANT SELECT ON TABLE farebox.accounts TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.price_versions TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.prices TO farebox_control;
+GRANT SELECT ON TABLE farebox.prices TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.schema_migrations TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.spend_limits TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.transfers TO farebox_control;
+GRANT SELECT ON TABLE farebox.transfers TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.workers TO farebox_control;
