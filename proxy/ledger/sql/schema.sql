@@ -191,15 +191,14 @@ CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
     AS $$
     WITH judged AS (
         SELECT h.id::text AS id,
-               coalesce(
+               w.id IS NOT NULL AND (
                    w.lease_until > statement_timestamp() - interval '5 minutes'
                    -- Nobody sweeps while no worker runs, nor in the first moments of one.
                    OR NOT EXISTS (
                        SELECT FROM farebox.workers live
                         WHERE live.lease_until > statement_timestamp()
                           AND live.started_at < statement_timestamp() - interval '5 minutes'
-                   ),
-                   false
+                   )
                ) AS kept
           FROM farebox.holds h LEFT JOIN farebox.workers w ON w.id = h.worker_id
          WHERE h.state = 'open'
