@@ -10,7 +10,6 @@ A slow hash would add nothing, since 256 random bits can't be searched, and woul
 Pure: the caller brings the random bytes.
 """
 
-import hashlib
 import hmac
 import re
 import zlib
@@ -130,7 +129,7 @@ def parse_key(text: str) -> ParsedKey | None:
 
 def hmac_of(pepper: bytes, key_text: str) -> bytes:
     """The 32 bytes stored for a key. The whole key goes in, so a secret is bound to its id."""
-    return hmac.digest(pepper, key_text.encode(), hashlib.sha256)
+    return hmac.digest(pepper, key_text.encode(), "sha256")
 
 
 def _crc(checked: str) -> str:

@@ -289,7 +289,7 @@ async def test_the_loop_runs_on_while_five_megabytes_are_counted(counter: TokenC
     ticks_blocked, counted_inline = await ticks_while(lambda: inline.count([hostile[0][: 16 * 65_536]]))
 
     assert counted == 5 * counted_inline
-    # A fifth of the work on the loop itself lets it come round once or twice; in slices in a thread, some hundred times.
+    # A fifth of the work on the loop itself lets it come round once or twice; all of it in a thread, hundreds of times.
     assert ticks_blocked <= 3
     assert ticks >= 10 * ticks_blocked
 
