@@ -8,7 +8,7 @@ from proxy.cli.arguments import AccountRef, AsJson, DatabaseUrl, PageLimit
 from proxy.cli.output import EXIT_FAILED, members, reporting, table_of
 from proxy.cli.session import audit_database, operate
 from proxy.control.operations import Operations
-from proxy.control.views import page, receipt_view, transfer_view
+from proxy.control.views import View, page, receipt_view, transfer_view
 from proxy.ledger.records import Transfer
 
 __all__ = ["audit", "receipts", "transactions"]
@@ -90,8 +90,13 @@ def _audit_line(row: dict[str, Any]) -> str:
     return line if row["ok"] else f"{line}: {row['violations']} wrong, such as {row['example']}"
 
 
-def _receipt_lines(view: dict[str, Any]) -> list[str]:
-    rows = table_of(
-        view["prices"], ("class", "credits_per_1k", "tokens", "amount"), right=("credits_per_1k", "tokens", "amount")
-    )
-    return [*members(view, leave_out=("object", "prices")), "", *rows] if rows else members(view)
+def _receipt_lines(view: View) -> list[str]:
+    flat: View = {}
+    for name, value in view.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {member}": inner for member, inner in value.items() if not isinstance(inner, dict)}
+        else:
+            flat[name] = value
+    amounts = ("credits_per_1k", "tokens", "amount")
+    rows = table_of(view["prices"], ("class", *amounts), right=amounts)
+    return [*members(flat, leave_out=("object", "prices")), *(["", *rows] if rows else [])]

@@ -196,8 +196,9 @@ def test_a_charge_is_looked_up_and_reversed(farebox: Farebox, module_database: D
     assert (receipt["held"], receipt["charge"], receipt["released"]) == ("0.0008", "0.0004", "0.0004")
     assert receipt["prices"] == [{"class": "output", "credits_per_1k": "0.001", "tokens": 400, "amount": "0.0004"}]
     text = farebox("receipts", "show", request_id).out
-    assert "0.0004" in text
-    assert "output" in text
+    assert re.search(r"^charge +0\.0004$", text, re.MULTILINE)
+    assert re.search(r"^usage source +reported$", text, re.MULTILINE)
+    assert re.search(r"^output +0\.001 +400 +0\.0004$", text, re.MULTILINE)
     part = farebox("credits", "reverse", request_id, "--amount", "0.0001", "--reason", "part", "--json").json
     again = farebox("credits", "reverse", request_id, "--amount", "0.0001", "--reason", "part", "--json").json
     assert again == part
