@@ -22,7 +22,7 @@ from uuid import UUID
 import structlog
 
 from proxy.ledger.errors import LedgerError, LedgerUnavailable
-from proxy.ledger.lines import Keeper, Line, OpenLine, Verdict, judge
+from proxy.ledger.lines import PAUSE_SECONDS_MAX, Keeper, Line, OpenLine, Verdict, judge
 from proxy.ledger.records import (
     Finalize,
     Finalized,
@@ -258,7 +258,7 @@ class BatchedLedger:
     async def _pump(self) -> None:
         while self._running:
             await self._work.wait()
-            line = await self._main.line()
+            line = await self._line(self._main)
             items = self._take()
             if not items:
                 continue
@@ -329,7 +329,7 @@ class BatchedLedger:
             if pause:
                 await asyncio.sleep(pause)
             async with self._side() as keeper:
-                line = await keeper.line()
+                line = await self._line(keeper)
                 items = self._take_from(lane)
                 if not items:
                     continue
@@ -357,6 +357,15 @@ class BatchedLedger:
                 taken.append(item)
         return taken
 
+    async def _line(self, keeper: Keeper) -> Line:
+        """An open line. What stands against it may be mended while we run (a role that was taken away): try on."""
+        while True:
+            try:
+                return await keeper.line()
+            except Exception as error:  # noqa: BLE001 - the pump lives on
+                log.error("the ledger can't be used", reason=str(error))
+                await asyncio.sleep(PAUSE_SECONDS_MAX)
+
     @asynccontextmanager
     async def _side(self) -> AsyncIterator[Keeper]:
         keeper = await self._free_sides.get()
@@ -377,7 +386,7 @@ class BatchedLedger:
                 await self._call(line, part, wait_ms, apart)
             except Exception as error:  # Judged here: whatever a row does, the pump lives on.
                 verdict, half = judge(error), len(part) // 2
-                if verdict is Verdict.REOPEN:
+                if line.is_closed() or verdict is Verdict.REOPEN:
                     raise _Broken(str(error)) from error
                 if half:
                     parts += [part[half:], part[:half]]

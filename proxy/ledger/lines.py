@@ -20,7 +20,7 @@ from proxy.ledger.errors import LedgerError, LedgerUnavailable
 from proxy.ledger.holds import HoldLedger
 from proxy.ledger.records import Expired, Finalize, Finalized, Mark, Release, Released, Reserve, Reserved
 
-__all__ = ["Calls", "Keeper", "Line", "OpenLine", "Verdict", "judge", "lines_to"]
+__all__ = ["PAUSE_SECONDS_MAX", "Calls", "Keeper", "Line", "OpenLine", "Verdict", "judge", "lines_to"]
 
 log = structlog.get_logger("farebox.ledger")
 
@@ -51,11 +51,15 @@ class Calls(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """An open connection. ``terminate`` is at once and never raises; a call in flight fails as a lost connection."""
+    """An open connection. ``terminate`` is at once and never raises; a call in flight fails, with whatever error.
+
+    ``is_closed``: it was terminated or lost. What a call on it raises then tells nothing about the call.
+    """
 
     calls: Calls
     close: Callable[[], Awaitable[None]]
     terminate: Callable[[], None]
+    is_closed: Callable[[], bool]
 
 
 OpenLine = Callable[[], Awaitable[Line]]
@@ -66,7 +70,7 @@ def lines_to(dsn: str) -> OpenLine:
 
     async def open_line() -> Line:
         connection = await connect(dsn, Role.GATEWAY)
-        return Line(HoldLedger(connection), connection.close, connection.terminate)
+        return Line(HoldLedger(connection), connection.close, connection.terminate, connection.is_closed)
 
     return open_line
 
@@ -127,12 +131,14 @@ class Keeper:
         return self._line is not None
 
     async def line(self) -> Line:
-        """The line, opened if need be. Returns only when it is open."""
+        """The line, opened if need be, as long as that takes. Raises what no patience helps against, as MissingRole."""
         while self._line is None:
             if self._failures:
                 await asyncio.sleep(self._pause_seconds())
             try:
-                self._line = await asyncio.wait_for(self._open_line(), OPEN_SECONDS)
+                # Not wait_for: before Python 3.12 it loses a cancel that comes when the line has just been opened.
+                async with asyncio.timeout(OPEN_SECONDS):
+                    self._line = await self._open_line()
             except NO_CONNECTION as error:
                 self._failures += 1
                 log.warning("no connection to the ledger", line=self._name, failures=self._failures, reason=str(error))
@@ -145,7 +151,7 @@ class Keeper:
         try:
             result = await make(line.calls)
         except Exception as error:
-            if judge(error) is Verdict.REOPEN:
+            if line.is_closed() or judge(error) is Verdict.REOPEN:
                 self.broke(error)
             raise
         finally:
@@ -165,7 +171,7 @@ class Keeper:
             self._failures += 1
 
     def terminate(self) -> None:
-        """Cut the line off at once; a call in flight fails as a lost connection."""
+        """Cut the line off at once; a call in flight fails."""
         line, self._line = self._line, None
         if line is not None:
             line.terminate()

@@ -53,7 +53,8 @@ class FakeLedger:
     """One account with 1,000 microcredits, one key, one worker; and knobs.
 
     ``seconds``: how long a call takes. ``locked``: accounts that somebody else holds. ``poison``: holds whose rows
-    raise. ``down``: no connection can be opened. ``lose``: "request" or "reply", what gets lost of the next call, with
+    raise. ``down``: no connection can be opened, for the reason ``why_down``. ``confused``: a call that is cut off fails
+    as asyncpg does where it had not sent it yet. ``lose``: "request" or "reply", what gets lost of the next call, with
     its connection. ``gate``: calls wait for it once they have arrived; those whose connection is cut meanwhile are
     ``stragglers``, which the server carries out when the test says so.
     """
@@ -65,6 +66,8 @@ class FakeLedger:
     locked: set[UUID] = field(default_factory=set)
     poison: set[UUID] = field(default_factory=set)
     down: bool = False
+    why_down: Exception = field(default_factory=lambda: ConnectionRefusedError("the fake server is down"))
+    confused: bool = False
     lose: str | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     stragglers: list[Callable[[], object]] = field(default_factory=list)
@@ -123,11 +126,11 @@ class FakeLedger:
         """What BatchedLedger opens."""
         await asyncio.sleep(0)
         if self.down:
-            raise ConnectionRefusedError("the fake server is down")
+            raise self.why_down
         self.opened_at.append(asyncio.get_running_loop().time())
         self.lines_open += 1
         calls = _FakeCalls(self)
-        return Line(calls, calls.close, calls.terminate)
+        return Line(calls, calls.close, calls.terminate, calls.is_closed)
 
 
 class _FakeCalls:
@@ -140,6 +143,9 @@ class _FakeCalls:
 
     async def close(self) -> None:
         self.terminate()
+
+    def is_closed(self) -> bool:
+        return self._cut.done()
 
     def terminate(self) -> None:
         if not self._cut.done():
@@ -229,6 +235,8 @@ class _FakeCalls:
             await asyncio.wait({task, self._cut}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             task.cancel()
+        if self._cut.done() and self._ledger.confused:
+            raise AttributeError("'NoneType' object has no attribute 'bind_execute'")
         if self._cut.done():
             raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
 

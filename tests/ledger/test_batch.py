@@ -17,6 +17,7 @@ from proxy.ledger.batch import (
     Remains,
     RowRejected,
 )
+from proxy.ledger.errors import MissingRole
 from proxy.ledger.records import FinalizeOutcome, Reserved, ReserveOutcome
 from tests.fakes.ledger import FakeLedger
 
@@ -255,6 +256,55 @@ async def test_a_lost_call_is_said_again_with_the_same_id(lost: str) -> None:
     assert [call.reserves for call in fake.calls[:2]] == [(row.hold_id,)] * 2
     assert (fake.account.balance, fake.account.held) == (960, 0)
     assert fake.lines_opened == 3
+
+
+async def test_a_call_that_is_cut_off_is_said_again_whatever_error_that_gives() -> None:
+    """asyncpg fails with an AttributeError where the connection is cut before the call has gone out."""
+    fake = FakeLedger(confused=True)
+    row = fake.a_reserve(100)
+    async with running(fake, QUICK) as ledger:
+        await ledger.reserve(row)
+        fake.gate.clear()
+        settled = ledger.finalize(fake.a_finalize(row, 60))
+        await fake.until(lambda: fake.lines_opened > 1)
+        fake.gate.set()
+        assert (await asyncio.wait_for(settled, 3)).charge == 60
+    assert (fake.account.balance, fake.account.held) == (940, 0)
+
+
+async def test_a_finalize_that_the_stop_cuts_off_remains_whatever_error_that_gives() -> None:
+    fake = FakeLedger(confused=True)
+    ledger = BatchedLedger(fake.open_line)
+    await ledger.start()
+    row = fake.a_reserve(100)
+    await ledger.reserve(row)
+    fake.gate.clear()
+    settlement = fake.a_finalize(row, 60)
+    settled = ledger.finalize(settlement)
+    await fake.until(lambda: len(fake.calls) > 1)
+    assert await ledger.stop(0.0) == Remains(finalizes=(settlement,))
+    with pytest.raises(LedgerStopped):
+        await settled
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_login_that_may_not_act_for_a_while_ends_nothing(apart: bool) -> None:
+    """Its role is taken away and given again: whatever keeps a line from being opened, it is tried again."""
+    fake = FakeLedger(why_down=MissingRole("the database's login may not act as farebox_gateway"))
+    row = fake.a_reserve(100)
+    async with running(fake) as ledger:
+        await ledger.reserve(row)
+        fake.down = True
+        if apart:
+            fake.locked.add(fake.account_id)
+        else:
+            fake.lose = "request"
+        settled = ledger.finalize(fake.a_finalize(row, 60))
+        await asyncio.sleep(0.1)
+        assert not settled.done()
+        fake.locked.clear()
+        fake.down = False
+        assert (await asyncio.wait_for(settled, 3)).charge == 60
 
 
 async def test_a_caller_gone_while_its_call_is_in_doubt_leaves_a_tombstone() -> None:

@@ -61,6 +61,20 @@ async def test_a_line_comes_back_when_the_server_does() -> None:
     assert fake.lines_open == 0
 
 
+async def test_a_cancel_is_never_lost_while_a_line_is_opened() -> None:
+    for steps in range(12):
+        fake = FakeLedger()
+        keeper = Keeper(fake.open_line, "test")
+        line = asyncio.create_task(keeper.line())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        late = line.done()
+        line.cancel()
+        await asyncio.gather(line, return_exceptions=True)
+        assert line.cancelled() is not late, steps
+        await keeper.close()
+
+
 async def test_a_call_that_takes_too_long_is_cut_off_with_its_connection() -> None:
     fake = FakeLedger()
     fake.gate.clear()
@@ -72,6 +86,15 @@ async def test_a_call_that_takes_too_long_is_cut_off_with_its_connection() -> No
     assert await keeper.call(lambda calls: calls.expire_holds(1), seconds=0.05) == []
     assert fake.lines_opened == 2
     await keeper.close()
+
+
+async def test_a_call_that_is_cut_off_takes_its_line_with_it_whatever_error_that_gives() -> None:
+    fake = FakeLedger(confused=True)
+    fake.gate.clear()
+    keeper = Keeper(fake.open_line, "test")
+    with pytest.raises(AttributeError):
+        await keeper.call(lambda calls: calls.expire_holds(1), seconds=0.05)
+    assert not keeper.is_open
 
 
 async def test_a_call_that_is_refused_keeps_the_line() -> None:
