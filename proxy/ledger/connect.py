@@ -104,6 +104,8 @@ def _settings(role: Role | None, lock_ms: int, statement_seconds: float) -> dict
         "lock_timeout": str(lock_ms),
         "statement_timeout": str(int(statement_seconds * 1000)),
         "idle_in_transaction_session_timeout": "5000",
+        # What the ledger's functions need, whatever this database's default is.
+        "default_transaction_isolation": "read committed",
         # Compiling costs more than any of these queries takes.
         "jit": "off",
     }

@@ -53,9 +53,9 @@ class FakeLedger:
     """One account with 1,000 microcredits, one key, one worker; and knobs.
 
     ``seconds``: how long a call takes. ``locked``: accounts that somebody else holds. ``poison``: holds whose rows
-    raise. ``down``: no connection can be opened, for the reason ``why_down``. ``confused``: a call that is cut off fails
-    as asyncpg does where it had not sent it yet. ``lose``: "request" or "reply", what gets lost of the next call, with
-    its connection. ``gate``: calls wait for it once they have arrived; those whose connection is cut meanwhile are
+    raise. ``down``: no connection can be opened, for the reason ``why_down``. ``confused``: a call that is cut off
+    fails as asyncpg does where it had not sent it yet. ``lose``: "request" or "reply", what gets lost of the next call,
+    with its connection. ``gate``: calls wait for it once they have arrived; those whose connection is cut meanwhile are
     ``stragglers``, which the server carries out when the test says so.
     """
 

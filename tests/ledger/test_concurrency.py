@@ -167,6 +167,21 @@ async def test_the_functions_refuse_a_snapshot_older_than_their_lock(bank: Bank)
     await connection.close()
 
 
+async def test_a_database_that_is_stricter_by_default_serves_all_the_same(own_bank: Bank) -> None:
+    """Else every call would fail with what looks like a standby's error, and be tried again for ever."""
+    superuser = await asyncpg.connect(own_bank.database.superuser)
+    await superuser.execute(
+        f"ALTER DATABASE {own_bank.database.name} SET default_transaction_isolation = 'serializable'"
+    )
+    await superuser.close()
+    _, key = await own_bank.open_account(1000)
+    gateway = await connect(own_bank.database.app, Role.GATEWAY)
+    try:
+        assert (await HoldLedger(gateway).reserve(own_bank.a_reserve(key, 10))).outcome is ReserveOutcome.GRANTED
+    finally:
+        await gateway.close()
+
+
 async def test_a_database_that_cant_be_reached_is_unavailable() -> None:
     with pytest.raises(LedgerUnavailable):
         await connect("postgresql://nobody@127.0.0.1:1/none", connect_seconds=2)

@@ -269,6 +269,15 @@ async def test_without_overlap_the_old_key_ends_at_once(bank: Bank) -> None:
         await bank.control.rotate_key(key.id, new_id=uuid4().hex[:12], secret_hmac=b"x", pepper_version=1)
 
 
+async def test_a_rotation_without_overlap_may_be_said_again(bank: Bank) -> None:
+    _, key = await bank.open_account(1000)
+    given: dict[str, Any] = {"new_id": uuid4().hex[:12], "secret_hmac": os.urandom(32), "pepper_version": 1}
+    new = await bank.control.rotate_key(key.id, **given)
+    assert await bank.control.rotate_key(key.id, **given) == new
+    with pytest.raises(Conflict):
+        await bank.control.rotate_key(key.id, **(given | {"secret_hmac": os.urandom(32)}))
+
+
 # Spend limits
 
 

@@ -140,7 +140,8 @@ BEGIN
         RETURN 'unknown';
     END IF;
     IF key.revoked_at IS NOT NULL OR key.expires_at <= clock_timestamp() THEN
-        RETURN 'conflict';
+        -- By this very rotation, it may be, whose reply was lost.
+        RETURN coalesce(farebox.known_key(_new_id, key.account_id, _secret_hmac, _id), 'conflict');
     END IF;
     INSERT INTO farebox.api_keys (
         id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at,
@@ -178,6 +179,9 @@ DECLARE
 BEGIN
     IF _kind <> 'grant' THEN
         RAISE EXCEPTION 'no such kind of grant: %', _kind USING ERRCODE = '22023';
+    END IF;
+    IF _amount > 0 IS NOT TRUE THEN
+        RAISE EXCEPTION 'a grant of % microcredits', _amount USING ERRCODE = '22023';
     END IF;
     PERFORM farebox.lock_reference(_kind, _reference);
     PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
