@@ -90,6 +90,7 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_accounts();
     RETURN QUERY SELECT * FROM farebox.audit_chain();
     RETURN QUERY SELECT * FROM farebox.audit_charges();
+    RETURN QUERY SELECT * FROM farebox.audit_kinds();
     RETURN QUERY SELECT * FROM farebox.audit_prices();
     RETURN QUERY SELECT * FROM farebox.audit_price_versions();
     RETURN QUERY SELECT * FROM farebox.audit_leases();
@@ -177,13 +178,49 @@ CREATE FUNCTION farebox.audit_charges() RETURNS SETOF farebox.audit_check
         SELECT coalesce(h.id, b.hold_id)::text AS id,
                h.id IS NOT NULL
                    AND (coalesce(h.charge, 0), h.overrun, h.reversed)
-                     = (coalesce(b.charge, 0), coalesce(b.overrun, 0), coalesce(b.reversed, 0)) AS kept
+                     = (coalesce(b.charge, 0), coalesce(b.overrun, 0), coalesce(b.reversed, 0)) AS kept,
+               -- A provisional end may be trued up yet, and a final or released one never again.
+               coalesce(CASE h.state
+                   WHEN 'released' THEN h.charge = 0 AND h.settle_fingerprint IS NULL
+                   WHEN 'provisional' THEN h.ending = 'worker_gone' AND h.settle_fingerprint IS NULL
+                   WHEN 'final' THEN h.settle_fingerprint IS NOT NULL OR h.charge = 0
+                   ELSE true
+               END, false) AS ended_so
           FROM farebox.holds h
           FULL JOIN book b ON b.hold_id = h.id AND b.account_id = h.account_id
     )
-    SELECT 'every_hold_was_charged_what_its_transfers_say', count(*), count(*) FILTER (WHERE NOT c.kept),
-           min(c.id) FILTER (WHERE NOT c.kept)
-      FROM compared c
+    SELECT v.name, c.checked, v.violations, v.example
+      FROM (
+               SELECT count(*) AS checked,
+                      count(*) FILTER (WHERE NOT j.kept) AS v1, min(j.id) FILTER (WHERE NOT j.kept) AS e1,
+                      count(*) FILTER (WHERE NOT j.ended_so) AS v2, min(j.id) FILTER (WHERE NOT j.ended_so) AS e2
+                 FROM compared j
+           ) AS c,
+           LATERAL (VALUES
+               ('every_hold_was_charged_what_its_transfers_say', c.v1, c.e1),
+               ('every_hold_ended_as_its_state_says', c.v2, c.e2)
+           ) AS v (name, violations, example)
+$$;
+
+CREATE FUNCTION farebox.audit_kinds() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH judged AS (
+        SELECT t.account_id || '-' || t.version AS id,
+               CASE t.kind
+                   WHEN 'grant' THEN (t.account_side, t.system_account) = ('credit', 'grants') AND t.hold_id IS NULL
+                   WHEN 'charge' THEN (t.account_side, t.system_account) = ('debit', 'revenue')
+                   WHEN 'true_up' THEN t.system_account = 'revenue'
+                   WHEN 'reversal' THEN (t.account_side, t.system_account) = ('credit', 'revenue')
+                   WHEN 'overrun' THEN (t.account_side, t.system_account) = ('credit', 'receivable')
+                   WHEN 'debt_payment' THEN (t.account_side, t.system_account) = ('debit', 'receivable')
+                   ELSE false
+               END AS kept
+          FROM farebox.transfers t
+    )
+    SELECT 'transfers_move_between_the_sides_of_their_kind', count(*), count(*) FILTER (WHERE NOT j.kept),
+           min(j.id) FILTER (WHERE NOT j.kept)
+      FROM judged j
 $$;
 
 CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
@@ -212,18 +249,19 @@ CREATE FUNCTION farebox.audit_limits() RETURNS SETOF farebox.audit_check
     LANGUAGE sql STABLE
     AS $$
     WITH spent AS (
-        SELECT s.family, s.spent, s.held,
+        SELECT s.family, s.spent, s.held, k.account_id = s.account_id AS known,
                coalesce(sum(h.charge - h.reversed), 0) AS charged,
                coalesce(sum(h.amount) FILTER (WHERE h.state = 'open'), 0) AS open
           FROM farebox.spend_limits s
-          JOIN farebox.api_keys k USING (family)
+          LEFT JOIN farebox.api_keys k USING (family)
           LEFT JOIN farebox.holds h ON h.account_id = k.account_id AND h.key_id = k.id
-         GROUP BY s.family
+         GROUP BY s.family, k.account_id
+    ), judged AS (
+        SELECT s.family, coalesce(s.known AND (s.spent, s.held) = (s.charged, s.open), false) AS kept FROM spent s
     )
-    SELECT 'spend_limits_count_what_was_spent', count(*),
-           count(*) FILTER (WHERE (s.spent, s.held) <> (s.charged, s.open)),
-           min(s.family) FILTER (WHERE (s.spent, s.held) <> (s.charged, s.open))
-      FROM spent s
+    SELECT 'spend_limits_count_what_was_spent', count(*), count(*) FILTER (WHERE NOT j.kept),
+           min(j.family) FILTER (WHERE NOT j.kept)
+      FROM judged j
 $$;
 
 CREATE FUNCTION farebox.audit_price_versions() RETURNS SETOF farebox.audit_check
@@ -247,7 +285,9 @@ CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
     LANGUAGE sql STABLE
     AS $$
     WITH costs AS (
-        SELECT h.id::text AS id, h.charge, h.capped,
+        SELECT h.id::text AS id, h.charge,
+               -- Ours says to what; the gateway's own reasons don't.
+               CASE h.capped WHEN 'counted_above_hold' THEN h.charge >= h.amount ELSE h.capped IS NOT NULL END AS capped,
                CASE WHEN h.usage IS NULL THEN 0 ELSE farebox.charge_at(p.rates, p.per_request, h.usage) END AS cost,
                h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL OR h.charge <= h.amount AS within_hold
           FROM farebox.holds h
@@ -255,7 +295,7 @@ CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
          WHERE h.state <> 'open'
     ), judged AS (
         SELECT c.id, c.within_hold,
-               coalesce(c.charge = c.cost OR (c.capped IS NOT NULL AND c.charge < c.cost), false) AS kept
+               coalesce(c.charge = c.cost OR (c.capped AND c.charge < c.cost), false) AS kept
           FROM costs c
     )
     SELECT v.name, c.checked, v.violations, v.example
@@ -705,6 +745,9 @@ BEGIN
     IF _kind <> 'grant' THEN
         RAISE EXCEPTION 'no such kind of grant: %', _kind USING ERRCODE = '22023';
     END IF;
+    IF _amount > 0 IS NOT TRUE THEN
+        RAISE EXCEPTION 'a grant of % microcredits', _amount USING ERRCODE = '22023';
+    END IF;
     PERFORM farebox.lock_reference(_kind, _reference);
     PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
     SELECT * INTO known FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference;
@@ -984,7 +1027,8 @@ BEGIN
         RETURN 'unknown';
     END IF;
     IF key.revoked_at IS NOT NULL OR key.expires_at <= clock_timestamp() THEN
-        RETURN 'conflict';
+        -- By this very rotation, it may be, whose reply was lost.
+        RETURN coalesce(farebox.known_key(_new_id, key.account_id, _secret_hmac, _id), 'conflict');
     END IF;
     INSERT INTO farebox.api_keys (
         id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at,
@@ -1335,6 +1379,8 @@ REVOKE ALL ON FUNCTION farebox.audit_accounts() FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.audit_chain() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_charges() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_kinds() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_leases() FROM PUBLIC;
 
