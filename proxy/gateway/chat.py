@@ -133,7 +133,7 @@ class Chat:
             return
         plan = await self._plan(request)
         secret = self._keys.key(plan.route.upstream)
-        async with Client(receive, send, send_seconds=self._settings.send_seconds) as client:
+        async with Client(scope, receive, send, send_seconds=self._settings.send_seconds) as client:
             key, reserved = await self._reserve(key, plan, request, call)
             cap = _cap(plan, request, reserved.granted)
             exchange = self._settler.open(self._ticket(key, plan, cap, request, reserved, call))

@@ -9,16 +9,21 @@ import asyncio
 from collections.abc import Callable
 
 from proxy.gateway.channel import Abandoned, Channel
-from proxy.gateway.front import Receive, Send
+from proxy.gateway.front import Receive, Scope, Send
 from proxy.gateway.headers import Headers
 
-__all__ = ["Client"]
+__all__ = ["ABORT", "Client"]
+
+ABORT = "farebox.abort"
+"""In ``scope["extensions"]``: its ``abort()`` resets the connection at once, unread bytes and all. Our own extension of
+ASGI (``protocol.py``), since an app by itself can only have a connection closed once everything was read."""
 
 
 class Client:
     """An async context manager around the time in which the client is waited on. Times are seconds."""
 
-    def __init__(self, receive: Receive, send: Send, *, send_seconds: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, send_seconds: float) -> None:
+        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT, {}).get("abort")
         self._receive = receive
         self._send = send
         self._send_seconds = send_seconds
@@ -87,7 +92,9 @@ class Client:
             return
         self._stalled = True
         self._leave()
-        if self._writer is not None:
+        if self._abort is not None:
+            self._abort()
+        elif self._writer is not None:
             self._writer.cancel()
 
     async def _watch_for_leaving(self) -> None:

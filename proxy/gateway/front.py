@@ -177,8 +177,7 @@ def canonical_path(path: str) -> str:
     path = path.rstrip("/") or "/"
     while path.startswith("/v1/v1/"):
         path = path.removeprefix("/v1")
-    first = path.split("/", 2)[1]
-    return f"/v1{path}" if first in _OURS else path
+    return f"/v1{path}" if _segments(path)[0] in _OURS else path
 
 
 async def send_json(send: Send, status: int, body: object, headers: Headers, *, head: bool = False) -> None:
@@ -215,10 +214,16 @@ def _refusal(scope: Scope, error: HTTPException) -> Refusal:
 
 def _route_of(path: str) -> str:
     """The metric's word for a path."""
-    _, first, second, *_ = [*path.split("/", 3), ""]
+    first, second = _segments(path)
     if first == "v1":
         return second if path != CHAT_PATH else "chat"
     return "health" if first in ("healthz", "readyz") else first
+
+
+def _segments(path: str) -> tuple[str, str]:
+    """The first two; empty where there are none (``OPTIONS *`` has no path at all)."""
+    _, first, second, *_ = [*path.split("/", 3), "", ""]
+    return first, second
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

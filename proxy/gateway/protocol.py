@@ -7,6 +7,8 @@ busily it trickles. While a request is being served, the time is the app's: a bo
 """
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,16 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from proxy.gateway.client import ABORT
 from proxy.gateway.limits import LimitsProfile
 
 __all__ = ["GuardedProtocol", "guarded_protocol"]
 
 # The request line is no header, and a head that arrives in one piece is refused by the app, with a better answer.
 _REQUEST_LINE_BYTES_MAX = 16 * 1024
+
+
+_NO_LINGERING = struct.pack("ii", 1, 0)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -49,6 +55,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
+        # An ASGI extension of ours: an app alone can't reset a connection, only close it once all is read.
+        self.scope["extensions"] = {ABORT: {"abort": self._reset}}
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -64,6 +72,13 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
         super().connection_lost(exc)
+
+    def _reset(self) -> None:
+        """Close the connection now. Without lingering, or the kernel would go on offering what nobody reads."""
+        raw = self.transport.get_extra_info("socket")
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
+        self.transport.abort()
 
     def _expect(self) -> None:
         if self._deadline is None and not self.transport.is_closing():

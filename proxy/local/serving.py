@@ -25,6 +25,8 @@ __all__ = ["Stop", "base_url", "listen", "serving"]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.25
 BACKLOG = 2048
+# Longer than clients keep a connection idle (httpx: 5 s, as uvicorn), or one is closed under a request on its way.
+KEEP_ALIVE_SECONDS = 75
 CUT_SECONDS = 2.0
 """What an app has, after its own time is up, to end its connections in its own way."""
 
@@ -146,6 +148,7 @@ async def serving(
         server_header=False,
         date_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(shutdown_seconds + CUT_SECONDS),
     )
     server = _Server(config)

@@ -13,6 +13,7 @@ import asyncpg
 import httpx2
 
 from proxy.app import Farebox, Timing, create_app
+from proxy.cli.serve import serving_farebox
 from proxy.control.operations import KeyTerms, Operations
 from proxy.core.catalog import Catalog, Upstream
 from proxy.core.keys import Peppers
@@ -21,7 +22,7 @@ from proxy.ledger.audit import audit
 from proxy.ledger.connect import Pool, Role, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.records import Account, Ended
-from proxy.local.serving import base_url, listen, serving
+from proxy.local.serving import Stop, base_url, listen
 from proxy.settings import Settings
 from tests.postgres import Database
 
@@ -205,7 +206,7 @@ async def running_proxy(
     pool = await create_pool(database.superuser, Role.CONTROL, size=2)
     try:
         # The client goes last: a stop must not look like clients leaving.
-        server = serving(app, listener, shutdown_seconds=app.settings.shutdown_seconds, on_stop=app.begin_shutdown)
+        server = serving_farebox(app, listener, app.settings, Stop())
         async with httpx2.AsyncClient(base_url=url, timeout=30) as http, server:
             operations = Operations(ControlLedger(pool), Peppers.parse(PEPPER))
             yield Proxy(app, url, operations, database, directory, http, pool)

@@ -1,6 +1,7 @@
 """What outlives a request: SIGTERM during a stream, a lost lease, a lost database, a client that doesn't read."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -164,8 +165,13 @@ async def test_a_client_that_does_not_read_counts_as_gone(
         writer.write(lines.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
         [hold] = await customer.ended()
         assert (hold["charge"], hold["ending"]) == (REPORTED, "client_left")
+        # Its connection was reset: closed politely, it would keep what is buffered for it until it reads.
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionResetError):
+            await reader.read(-1)
         writer.close()
-        del reader
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
 
 
 async def test_more_drains_than_allowed_are_cut(database: Database, tmp_path: Path, upstream: ScriptedUpstream) -> None:

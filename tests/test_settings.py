@@ -1,0 +1,98 @@
+"""Settings: what the environment says, and a start-up error that names the variable."""
+
+from typing import Any
+
+import pytest
+
+from proxy.settings import Settings, SettingsError, load
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"FAREBOX_{name.upper()}", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+
+def test_an_option_stands_above_the_environment_and_none_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_PORT", "1234")
+    assert load().port == 1234
+    assert load(port=None).port == 1234
+    assert load(port=99).port == 99
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "FAREBOX_DATABASE_URL"])
+def test_a_database_has_two_names(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "postgresql://u:p@h/d")
+    assert load().database_url == "postgresql://u:p@h/d"
+
+
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_PORT", "")
+    monkeypatch.setenv("DATABASE_URL", "")
+    assert (load().port, load().database_url) == (8080, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "origins"),
+    [
+        ("*", ("*",)),
+        ("https://a, https://b", ("https://a", "https://b")),
+        ('["https://a"]', ("https://a",)),
+        ("[]", ()),
+    ],
+)
+def test_origins_are_words(monkeypatch: pytest.MonkeyPatch, value: str, origins: tuple[str, ...]) -> None:
+    monkeypatch.setenv("FAREBOX_CORS_ORIGINS", value)
+    assert load().cors_origins == origins
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "x"),
+        ("PORT", "70000"),
+        ("EXHAUSTED_STATUS", "403"),
+        ("SHUTDOWN_SECONDS", "-1"),
+        ("SHUTDOWN_SECONDS", "nan"),
+        ("LIMITS_PROFILE", "wide"),
+        ("BODY_BYTES_MAX", "0"),
+        ("LOG_LEVEL", "loud"),
+        ("CORS_ORIGINS", "[1"),
+    ],
+)
+def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"FAREBOX_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert f"FAREBOX_{name}: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_wrong_value_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_PORT", "x")
+    monkeypatch.setenv("FAREBOX_LOG_LEVEL", "x")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("KEY_PEPPER", "short-secret"), ("ADMIN_TOKEN", "short-secret")])
+def test_a_secret_is_never_repeated(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"FAREBOX_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert f"FAREBOX_{name}" in str(caught.value)
+    assert value not in str(caught.value)
+
+
+def test_a_secret_is_not_shown() -> None:
+    values: dict[str, Any] = {"key_pepper": "a-pepper-that-is-long", "admin_token": "x" * 40}
+    assert "a-pepper-that-is-long" not in repr(load(**values))
+    assert "x" * 40 not in repr(load(**values))
+
+
+@pytest.mark.parametrize("status", ["402", "429"])
+def test_the_status_of_no_credits(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    monkeypatch.setenv("FAREBOX_EXHAUSTED_STATUS", status)
+    assert load().exhausted_status == int(status)
