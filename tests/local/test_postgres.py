@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from proxy.local import place, postgres
-from proxy.local.binaries import ROOT_STORE, Identity, find_binaries
+from proxy.local.binaries import ROOT_STORE, Identity, find_binaries, reachable_binaries, server_identity
 from proxy.local.locks import FileLock
 from proxy.local.postgres import Cluster, HeldBySomeoneElse
 from proxy.local.processes import is_running
@@ -146,11 +146,11 @@ def test_a_server_without_an_owner_is_stopped_before_the_next_start(
 ) -> None:
     """As on a system without a death signal, after its watchdog was killed."""
     made = cluster(state)
-    programs = find_binaries()
     made.open()
     made.close()
     data = state / "postgres/data"
     owner = data.stat()
+    programs = reachable_binaries(find_binaries(), server_identity(data))
     identity = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if os.geteuid() == 0 else {}
     command = [programs / "postgres", "-D", data, "-c", f"unix_socket_directories={state / 'postgres/socket'}"]
     with subprocess.Popen([*command, "-c", "listen_addresses="], stderr=subprocess.DEVNULL, **identity) as orphan:  # type: ignore[call-overload]
