@@ -20,12 +20,12 @@ import uvloop
 from proxy.app import create_app
 from proxy.cli.arguments import AsJson
 from proxy.cli.output import reporting
-from proxy.cli.serve import configure_logs, serving_farebox
-from proxy.cli.session import Access, database_access
+from proxy.cli.serve import configure_logs, serving_farebox, usable_catalog
+from proxy.cli.session import Access, database_access, require_schema
 from proxy.control.operations import Operations
-from proxy.control.reload import read_catalog
 from proxy.core.catalog import Catalog
 from proxy.gateway.tokens import TokenCounter
+from proxy.gateway.upstream_keys import UpstreamKeys
 from proxy.ledger.connect import Role, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.local.demo import DemoKey, demo_key, instructions, through_demo_upstream
@@ -33,7 +33,7 @@ from proxy.local.demo_upstream import DemoUpstream
 from proxy.local.postgres import refuse_if_served
 from proxy.local.serving import Stop, base_url, listen, serving
 from proxy.local.state import LocalError, StateDirectory
-from proxy.settings import Settings, load
+from proxy.settings import Settings, environment, load
 
 __all__ = ["demo"]
 
@@ -66,7 +66,7 @@ def demo(
     """Try it out: a database, credits and, unless told otherwise, an upstream of its own. Ctrl-C stops everything."""
     with reporting(as_json=as_json):
         settings = load(host=host, port=port, pricing=pricing, upstreams=upstreams)
-        catalog = read_catalog(settings.pricing, settings.upstreams)
+        catalog = usable_catalog(settings)
         if settings.database_url is None:
             refuse_if_served(StateDirectory(settings.state_dir))
         # Before the database is started, so that a busy port is found out at once.
@@ -104,6 +104,7 @@ def _run(asked: _Demo, listener: socket, catalog: Catalog) -> None:
 
 async def _serve(asked: _Demo, access: Access, listener: socket, catalog: Catalog) -> None:
     settings = access.settings
+    await require_schema(access.login, Role.GATEWAY)
     stop = Stop(with_parent=asked.with_parent)
     with stop.on_signals():
         async with AsyncExitStack() as stack:
@@ -141,17 +142,26 @@ async def _key(access: Access) -> DemoKey:
 
 
 def _welcome(url: str, key: DemoKey | None, catalog: Catalog, asked: _Demo) -> str:
-    model = EXAMPLE_MODEL if EXAMPLE_MODEL in catalog.routes else next(iter(catalog.routes), EXAMPLE_MODEL)
-    source = (
-        "Answers come from a demo upstream. With real providers: make run FAREBOX_DEMO=0"
-        if asked.demo_upstream
-        else f"Answers come from the providers in {asked.settings.upstreams} and cost money there."
-    )
     if asked.as_json:
         return json.dumps({"ready": True, "base_url": url, "key": None if key is None else key.text})
+    model, source = _example(catalog, asked)
     if key is None:
         return f"Farebox is ready: {url}\n{source}\nA key: farebox keys create ACCOUNT"
     return instructions(url, key, model=model, source=source)
+
+
+def _example(catalog: Catalog, asked: _Demo) -> tuple[str, str]:
+    """A model that can be asked now, and where its answers come from."""
+    missing: dict[str, str] = {}
+    source = "Answers come from a demo upstream. With real providers: make run FAREBOX_DEMO=0"
+    if not asked.demo_upstream:
+        missing = UpstreamKeys(environment(), asked.settings.upstreams.parent).missing_routes(catalog)
+        source = f"Answers come from the providers in {asked.settings.upstreams} and cost money there."
+    served = [model for model in catalog.routes if model not in missing]
+    if not served:
+        reasons = "; ".join(dict.fromkeys(missing.values())) or "no model is priced"
+        source = f"No model can be served yet: {reasons}."
+    return EXAMPLE_MODEL if EXAMPLE_MODEL in served else next(iter(served), EXAMPLE_MODEL), source
 
 
 def _say(text: str) -> None:

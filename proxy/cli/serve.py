@@ -17,6 +17,7 @@ from proxy.cli.arguments import AsJson, DatabaseUrl
 from proxy.cli.output import CommandFailed, reporting
 from proxy.cli.session import Access, database_access, require_schema
 from proxy.control.reload import read_catalog
+from proxy.core.catalog import Catalog
 from proxy.gateway.limits import DEFAULT
 from proxy.gateway.protocol import guarded_protocol
 from proxy.ledger.connect import Role
@@ -26,7 +27,7 @@ from proxy.local.state import StateDirectory
 from proxy.logs import Redactor, configure
 from proxy.settings import Settings, load
 
-__all__ = ["configure_logs", "serve", "serving_farebox"]
+__all__ = ["configure_logs", "serve", "serving_farebox", "usable_catalog"]
 
 
 def serve(
@@ -40,7 +41,7 @@ def serve(
     """Serve the proxy until SIGTERM or Ctrl-C. Logs go to standard error, one JSON object a line."""
     with reporting(as_json=as_json):
         settings = load(host=host, port=port, pricing=pricing, upstreams=upstreams, database_url=database_url)
-        _require_usable(settings)
+        usable_catalog(settings)
         if settings.database_url is None:
             refuse_if_served(StateDirectory(settings.state_dir))
         # Before the database is started, so that a busy port is found out at once.
@@ -93,12 +94,13 @@ async def _serve(access: Access, listener: socket.socket, *, as_json: bool) -> N
             await stop.wait(access.failed)
 
 
-def _require_usable(settings: Settings) -> None:
-    """Refuse at once, in one line a problem, what the app would only find out after everything else is up."""
+def usable_catalog(settings: Settings) -> Catalog:
+    """The catalog, if these settings can serve it. Refuses at once, in one line a problem, what the app would only find
+    out after everything else is up. Raises CommandFailed and ConfigError."""
     if settings.database_url is not None and settings.key_pepper is None:
         raise CommandFailed(
             "FAREBOX_KEY_PEPPER is not set. It is required with a database of your own: give every process of this "
             "installation the same, as `openssl rand -hex 32` prints it.",
             code="settings",
         )
-    read_catalog(settings.pricing, settings.upstreams)
+    return read_catalog(settings.pricing, settings.upstreams)

@@ -42,9 +42,9 @@ def environment(state: Path, port: int) -> dict[str, str]:
 class Demo:
     """A running `farebox demo`. ``below``: started by a shell, as by make, so that the shell can be killed."""
 
-    def __init__(self, state: Path, port: int, *, below: bool = False) -> None:
+    def __init__(self, state: Path, port: int, *options: str, below: bool = False) -> None:
         self.state = state
-        command = [sys.executable, "-m", "proxy.cli", "demo"]
+        command = [sys.executable, "-m", "proxy.cli", "demo", *options]
         if below:
             command = ["sh", "-c", '"$@" --with-parent; exit', "sh", *command]
         self.log = (state.parent / "log").open("a+")
@@ -120,8 +120,8 @@ def start(state: Path, port: int) -> Iterator[Callable[..., Demo]]:
     """Starts the demo; what a test leaves running is ended."""
     with contextlib.ExitStack() as stack:
 
-        def start_one(**options: bool) -> Demo:
-            demo = Demo(state, port, **options)
+        def start_one(*options: str, below: bool = False) -> Demo:
+            demo = Demo(state, port, *options, below=below)
             stack.callback(demo.close)
             demo.read()
             return demo
@@ -209,4 +209,17 @@ def test_a_provider_key_in_the_shell_is_no_consent(start: Callable[..., Demo], m
     monkeypatch.setenv("OPENAI_API_KEY", "sk-lying-around")
     demo = start()
     assert "from the demo upstream" in demo.pasted("The same with the OpenAI SDK")
+    assert demo.end(signal.SIGTERM) == 0
+
+
+def test_real_upstreams_without_a_key_are_named_and_never_replaced(
+    start: Callable[..., Demo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    demo = start("--real-upstreams")
+    assert "No model can be served yet: the environment variable OPENAI_API_KEY is not set" in demo.text
+    answer = json.loads(demo.pasted("Ask"))
+    assert answer["error"]["code"] == "upstream_key_missing"
+    assert "OPENAI_API_KEY" in answer["error"]["message"]
     assert demo.end(signal.SIGTERM) == 0
