@@ -218,13 +218,16 @@ class Oracle:
     def spend_left(self, key_id: str | None) -> int | None:
         """What the key's family may still hold or spend; None: it has no limit."""
         family = self.keys[key_id].family if key_id in self.keys else None
-        if family not in self.limits:
-            return None
-        used = 0
+        return max(self.limits[family] - sum(self.spend(family)), 0) if family in self.limits else None
+
+    def spend(self, family: str | None) -> tuple[int, int]:
+        """What the family's keys have spent, reversals taken off, and what they hold."""
+        spent = held = 0
         for hold in self.holds.values():
             if hold.key_id in self.keys and self.keys[hold.key_id].family == family:
-                used += hold.amount if hold.state == "open" else hold.charge - hold.reversed
-        return max(self.limits[family] - used, 0)
+                spent += hold.charge - hold.reversed
+                held += hold.amount if hold.state == "open" else 0
+        return spent, held
 
     def _settle(self, hold: OracleHold, charge: int) -> None:
         """End the hold with ``charge`` in all: its own hold pays, then what is available; the rest becomes debt."""
