@@ -435,7 +435,7 @@ class BatchedLedger:
             if item.kind is _Kind.RESERVE and (item.in_doubt or not claimed):
                 granted = result.outcome is ReserveOutcome.GRANTED
                 # Refused, after a call that broke: that one may yet arrive, and get what was not to be had before.
-                if not claimed if granted else item.in_doubt:
+                if not claimed if granted else item.in_doubt and result.outcome in _MAY_PASS:
                     self._give_back(item.row)
 
     def _reject(self, item: _Item, error: Exception) -> None:
@@ -522,6 +522,15 @@ class BatchedLedger:
 
 
 _BUSY = "busy"
+# Refusals that the same row may not meet a moment later. The others stand: keys change forwards only.
+_MAY_PASS = frozenset(
+    {
+        ReserveOutcome.INSUFFICIENT,
+        ReserveOutcome.CREDITS_HELD,
+        ReserveOutcome.SPEND_LIMIT,
+        ReserveOutcome.WORKER_LAPSED,
+    }
+)
 
 
 def _in_doubt(items: list[_Item]) -> list[_Item]:

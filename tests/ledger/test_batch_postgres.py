@@ -1,14 +1,17 @@
 """Natural batching on the real ledger: what a batch does equals what single calls do, and nobody waits for another."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
+from proxy.ledger.audit import audit
 from proxy.ledger.batch import BatchedLedger, BatchLimits, Remains, RowRejected
 from proxy.ledger.errors import LedgerError
 from proxy.ledger.lines import lines_to
@@ -254,3 +257,69 @@ async def _backend_that_waits(connection: "asyncpg.Connection[asyncpg.Record]") 
             if pid is not None:
                 return int(pid)
             await asyncio.sleep(0.01)
+
+
+async def test_everything_at_once_leaves_the_books_right(bank: Bank) -> None:
+    """Two ledgers, callers that leave, a sweeper, an operator: then every credit is where it should be."""
+    chance = random.Random(20)
+    accounts = [await bank.open_account(3_000) for _ in range(4)]
+    keys = [key for _, key in accounts]
+    keys += [await bank.open_key(keys[0].account_id, spend_limit=1_500)]
+    mortal = uuid4()
+    await bank.holds.start_worker(mortal, "host", "0.1")
+    granted = [3_000] * 4
+    stop = asyncio.Event()
+
+    async def call(ledger: BatchedLedger) -> None:
+        key = chance.choice(keys)
+        worker_id = chance.choice([bank.worker_id, bank.worker_id, mortal])
+        row = bank.a_reserve(key, chance.randrange(1, 200), 1, worker_id=worker_id)
+        try:
+            async with asyncio.timeout(chance.choice([0.001, 0.003, 5.0, 5.0, 5.0])):
+                reserved = await ledger.reserve(row)
+        except TimeoutError:
+            return
+        if reserved.outcome is not GRANTED:
+            return
+        await asyncio.sleep(chance.random() * 0.02)
+        if chance.random() < 0.3:
+            await ledger.release(row.hold_id, row.account_id, row.worker_id)
+        else:
+            charge = chance.randrange(0, 2 * reserved.granted)
+            finalized = await ledger.finalize(bank.a_finalize(row, charge))
+            assert finalized.charge == charge
+            if charge and chance.random() < 0.1:
+                await bank.control.reverse(row.hold_id, None, reference=None, actor="test", reason="test")
+
+    async def sweep() -> None:
+        while not stop.is_set():
+            await bank.lapse(mortal)
+            await bank.expire()
+            await bank.holds.heartbeat(mortal, ())
+            await asyncio.sleep(0.02)
+
+    async def operate() -> None:
+        while not stop.is_set():
+            number = chance.randrange(4)
+            await bank.control.grant(accounts[number][0].id, 300, reference=uuid4().hex, actor="test")
+            granted[number] += 300
+            await asyncio.sleep(0.03)
+
+    async with batched(bank, PATIENT) as first, batched(bank, PATIENT) as second:
+        others = [asyncio.create_task(work()) for work in (sweep, operate)]
+        for _ in range(6):
+            await asyncio.gather(*(call(chance.choice([first, second])) for _ in range(150)))
+        stop.set()
+        await asyncio.gather(*others)
+        await idle(first)
+        await idle(second)
+    for number, (account, _) in enumerate(accounts):
+        balance, held, debt = await bank.money(account.id)
+        assert held == 0
+        spent = await bank.owner.fetchval(
+            "SELECT sum(charge - reversed)::bigint FROM farebox.holds WHERE account_id = $1", account.id
+        )
+        assert balance - debt == granted[number] - spent
+    checks = await audit(bank.owner)
+    assert [check for check in checks if not check.ok] == []
+    assert all(check.rows for check in checks if check.name != "price versions")

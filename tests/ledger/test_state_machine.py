@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from proxy.core.usage import Usage
+from proxy.ledger.audit import audit
 from proxy.ledger.errors import Conflict
 from proxy.ledger.records import (
     ApiKey,
@@ -51,7 +52,7 @@ TWICE = st.sampled_from([False, False, True])
 SOURCES = st.sampled_from(["reported", "reported", "counted"])
 
 RUNS = settings(
-    max_examples=100,
+    max_examples=70,
     stateful_step_count=50,
     derandomize=True,
     database=None,
@@ -82,6 +83,7 @@ def test_the_ledger_does_what_the_oracle_says(database: Database) -> None:
         bank = runner.run(opened.__aenter__())
         try:
             run_state_machine_as_test(lambda: LedgerMachine(runner, bank, reached), settings=RUNS)  # type: ignore[arg-type]
+            assert [check for check in runner.run(audit(bank.owner)) if not check.ok] == []
         finally:
             runner.run(opened.__aexit__(None, None, None))
     assert sorted(REACHED - set(+reached)) == []
