@@ -1,18 +1,27 @@
 """A chat completion request: read once, judged, and rewritten only where it must be.
 
 Every byte that isn't touched stays as the client sent it: number text, unknown fields, key order, blanks, escapes. What
-parsers may read in two ways (duplicate keys, NaN, ``"n": "3"``) is refused, since the reading that we price and the one
-that the provider serves could differ.
+parsers may read in two ways (duplicate keys, ``"Model"``, NaN, ``"n": "3"``) is refused, since the reading that we
+price and the one that the provider serves could differ.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 from proxy.core.catalog import PricedOptions
-from proxy.core.chat_fields import CAP_KEYS, OTHER_CAPS, Options, check_types, read_options, refuse_unpriceable
+from proxy.core.chat_fields import (
+    CAP_KEYS,
+    OTHER_CAPS,
+    Options,
+    check_types,
+    read_options,
+    refuse_lookalikes,
+    refuse_unpriceable,
+)
 from proxy.core.errors import InvalidRequest, TooLarge
 from proxy.core.media import Attachment, Image
 from proxy.core.prompt import Prompt, read_prompt
@@ -89,15 +98,17 @@ class ChatRequest:
     def parse(cls, body: bytes, limits: BodyLimits) -> "ChatRequest":
         """Read and judge a body. Raises InvalidRequest or TooLarge, and nothing else."""
         text = _decode(body, limits)
-        members, ambiguous = _read(text)
+        members, twice = _read(text)
         fields = {member.key: member.value for member in members}
         _refuse_duplicates(member.key for member in members)
+        refuse_lookalikes(fields)
         check_types(fields, choices_max=limits.choices_max, setting=limits.setting("choices_max"))
         _check_messages(fields["messages"], limits)
         _check_stream_options(text, members)
+        if twice is not None:
+            raise _given_twice(twice)
         refuse_unpriceable(fields)
-        prompt = read_prompt(fields["messages"])
-        return _request(body, text, members, fields, prompt, ambiguous)
+        return _request(body, text, members, fields, read_prompt(fields["messages"]))
 
     @property
     def audio_in(self) -> bool:
@@ -195,16 +206,16 @@ def _decode(body: bytes, limits: BodyLimits) -> str:
 
 
 class _Reader:
-    """Decodes the JSON of one request, and remembers whether an object in it names a key twice."""
+    """Decodes the JSON of one request, and remembers a key that an object in it names twice."""
 
     def __init__(self) -> None:
-        self.ambiguous = False
+        self.twice: str | None = None
         self.decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=_refuse_constant)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            self.ambiguous = True
+            self.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         return value
 
 
@@ -216,7 +227,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise _ConstantError(f"{name} is not a JSON number")
 
 
-def _read(text: str) -> tuple[list[Member], bool]:
+def _read(text: str) -> tuple[list[Member], str | None]:
+    """The members, and a key that some object inside them names twice."""
     reader = _Reader()
     try:
         members, end = read_object(text, 0, reader.decoder, members_max=_MEMBERS_MAX)
@@ -237,7 +249,7 @@ def _read(text: str) -> tuple[list[Member], bool]:
     rest = skip_blanks(text, end + 1)
     if rest != len(text):
         raise _malformed(f"there is more after the object's end, from character {rest} on")
-    return members, reader.ambiguous
+    return members, reader.twice
 
 
 def _not_an_object(text: str, at: int) -> InvalidRequest:
@@ -258,13 +270,17 @@ def _refuse_duplicates(keys: Iterable[str], inside: str = "") -> None:
     seen: set[str] = set()
     for key in keys:
         if key in seen:
-            name = f"{inside}{json.dumps(key)[1:-1][:64]}"
-            raise InvalidRequest(
-                f"{name!r} is given more than once. Parsers differ on which one counts, so it must be given once.",
-                code="duplicate_key",
-                param=name,
-            )
+            raise _given_twice(f"{inside}{key}")
         seen.add(key)
+
+
+def _given_twice(key: str) -> InvalidRequest:
+    name = json.dumps(key)[1:-1][:64]
+    return InvalidRequest(
+        f"{name!r} is given more than once. Parsers differ on which one counts, so it must be given once.",
+        code="duplicate_key",
+        param=name,
+    )
 
 
 def _check_messages(messages: Sequence[Any], limits: BodyLimits) -> None:
@@ -303,9 +319,7 @@ def _with_usage(options: str) -> str:
     return f'{options[:at]}{comma}"include_usage":true{options[at:]}'
 
 
-def _request(
-    body: bytes, text: str, members: list[Member], fields: Mapping[str, Any], prompt: Prompt, ambiguous: bool
-) -> ChatRequest:
+def _request(body: bytes, text: str, members: list[Member], fields: Mapping[str, Any], prompt: Prompt) -> ChatRequest:
     caps = {key: fields[key] for key in CAP_KEYS if fields.get(key) is not None}
     others = [fields[key] for key in OTHER_CAPS if fields.get(key) is not None]
     stated = [*caps.values(), *others]
@@ -324,8 +338,7 @@ def _request(
         calls_count=prompt.calls,
         tools=bool(fields.get("tools") or fields.get("functions")),
         response_format=(fields.get("response_format") or {}).get("type"),
-        # Where an object names a key twice, upstream may read the other one: everything that was sent is counted.
-        texts=(text,) if ambiguous else (*prompt.texts, *_other_texts(text, members)),
+        texts=(*prompt.texts, *_other_texts(text, members)),
         text_bytes=max(0, len(body) - media * 4 // 3),
         images=tuple(prompt.images),
         attachments=tuple(prompt.attachments),

@@ -1,6 +1,6 @@
 """The top-level fields of a chat request that decide its price: their types, their bounds, what they ask for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ __all__ = [
     "Options",
     "check_types",
     "read_options",
+    "refuse_lookalikes",
     "refuse_unpriceable",
 ]
 
@@ -55,6 +56,21 @@ def check_types(fields: Mapping[str, Any], *, choices_max: int, setting: str) ->
         _check_range(name, fields.get(name), OUTPUT_CAP_MAX, "")
 
 
+def refuse_lookalikes(fields: Mapping[str, Any]) -> None:
+    """Refuse a key that some servers take for one that is judged here, and Python doesn't. Raises InvalidRequest.
+
+    Go's and .NET's parsers ignore case, and protobuf's knows ``maxTokens`` for ``max_tokens``: a ``"Model"`` beside
+    ``"model"`` would be served by the one and charged by the other.
+    """
+    _refuse_lookalikes(fields, _JUDGED)
+    options, tools = fields.get("stream_options"), fields.get("tools")
+    if isinstance(options, dict):
+        _refuse_lookalikes(options, _JUDGED_OPTIONS, "stream_options.")
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict):
+            _refuse_lookalikes(tool, _JUDGED_TOOL, "tools[].")
+
+
 def refuse_unpriceable(fields: Mapping[str, Any]) -> None:
     """Refuse what multiplies the work, or switches the model, behind the price's back. Raises InvalidRequest."""
     for name in _UNPRICEABLE.keys() & fields.keys():
@@ -80,6 +96,21 @@ def read_options(fields: Mapping[str, Any]) -> Options:
         reasoning_effort=fields.get("reasoning_effort"),
         prediction_bytes=_text_bytes(fields.get("prediction")),
     )
+
+
+def _refuse_lookalikes(keys: Iterable[str], judged: Mapping[str, str], inside: str = "") -> None:
+    for key in keys:
+        meant = judged.get(_folded(key))
+        if meant is not None and meant != key:
+            raise InvalidRequest(
+                f"{key[:64]!a} is not {meant!r}, though some servers take it for that: write {meant!r}.",
+                code="ambiguous_key",
+                param=f"{inside}{meant}",
+            )
+
+
+def _folded(key: str) -> str:
+    return key.casefold().replace("_", "").replace("-", "")
 
 
 def _check_model(model: str) -> None:
@@ -229,8 +260,18 @@ _UNPRICEABLE: Mapping[str, Callable[[Any], bool]] = {
     "use_beam_search": _off,
     "models": _empty,  # a list of other models to fall back to
     "fallbacks": _empty,
+    "preset": _off,  # a stored choice of model and options
     "speed": _standard,  # a dearer lane
     "deferred": _off,  # the answer would be fetched later, past the meter
     "background": _off,
     "modalities": _text_or_audio,  # pictures have their own price
 }
+
+
+def _by_folded(*names: str) -> Mapping[str, str]:
+    return {_folded(name): name for name in names}
+
+
+_JUDGED = _by_folded(*_TYPES, *OTHER_CAPS, *_WEB_SEARCH, *_HOSTED_FIELDS, *_UNPRICEABLE, "usage")
+_JUDGED_OPTIONS = _by_folded("include_usage")
+_JUDGED_TOOL = _by_folded("type", "function", "custom")

@@ -31,9 +31,14 @@ def read_prompt(messages: Sequence[Mapping[str, Any]]) -> Prompt:
     prompt = Prompt(messages=len(messages))
     for message in messages:
         for key, value in message.items():
-            _MESSAGE_FIELDS.get(key, _anything)(prompt, value)
+            _reader(_MESSAGE_FIELDS, key)(prompt, value)
             prompt.cache_control |= key == "cache_control"
     return prompt
+
+
+def _reader(fields: Mapping[str, "_Read"], key: str) -> "_Read":
+    # Some servers ignore the case of a key, and an "Image_URL" costs what an "image_url" does.
+    return fields.get(key) or fields.get(key.casefold(), _anything)
 
 
 def _anything(prompt: Prompt, value: Any) -> None:
@@ -89,7 +94,7 @@ def _part(prompt: Prompt, part: Any) -> None:
         elif key == "cache_control":
             prompt.cache_control = True
         elif key != "type":
-            _PART_FIELDS.get(key, _anything)(prompt, value)
+            _reader(_PART_FIELDS, key)(prompt, value)
 
 
 def _image(prompt: Prompt, value: Any) -> None:
@@ -146,7 +151,9 @@ def _details(prompt: Prompt, value: Any) -> None:
     _anything(prompt, value)
 
 
-_MESSAGE_FIELDS: Mapping[str, Callable[[Prompt, Any], None]] = {
+_Read = Callable[[Prompt, Any], None]
+
+_MESSAGE_FIELDS: Mapping[str, _Read] = {
     "role": _nothing,
     "content": _content,
     "tool_calls": _calls,
@@ -157,7 +164,7 @@ _MESSAGE_FIELDS: Mapping[str, Callable[[Prompt, Any], None]] = {
     "thinking_blocks": _details,
 }
 
-_PART_FIELDS: Mapping[str, Callable[[Prompt, Any], None]] = {
+_PART_FIELDS: Mapping[str, _Read] = {
     "image_url": _image,
     "input_audio": _attachment("audio"),
     "audio_url": _attachment("audio"),
