@@ -6,7 +6,8 @@ The rules it keeps:
   Sent: it is released when its answer comes, or by a tombstone where the answer is lost.
 - A finalize, once taken, is said again with the same id until the ledger has answered or this process stops.
 - One row that can't be carried out fails alone: a batch that fails is replayed in halves down to that row.
-- An account that somebody else has locked goes to a lane of its own, so that it stops no other account.
+- An account that somebody else has locked, or whose row was there whenever the connection broke, goes to a lane of
+  its own, so that it stops no other account.
 """
 
 import asyncio
@@ -49,6 +50,7 @@ TICK_SECONDS = 0.1
 POLL_SECONDS_MIN = 0.05
 POLL_SECONDS_MAX = 0.4
 TRIES_BEFORE_LANE = 2
+BREAKS_BEFORE_LANE = 4
 
 
 class LedgerBusy(LedgerUnavailable):
@@ -109,10 +111,10 @@ class _Item:
     """One row and who waits for it.
 
     ``done``: it is over, answered or dropped; the future may be done long before.
-    ``in_doubt``: a call that carried it broke, so the ledger may have carried it out.
+    ``in_doubt``: a call that carried it broke, so the ledger may have carried it out. ``breaks``: how many did.
     """
 
-    __slots__ = ("deadline", "done", "future", "in_doubt", "kind", "row", "tries")
+    __slots__ = ("breaks", "deadline", "done", "future", "in_doubt", "kind", "row", "tries")
 
     def __init__(self, kind: _Kind, row: Any, future: "asyncio.Future[Any]", deadline: float) -> None:
         self.kind = kind
@@ -122,6 +124,7 @@ class _Item:
         self.in_doubt = False
         self.done = False
         self.tries = 0
+        self.breaks = 0
 
 
 class _Lane:
@@ -266,7 +269,7 @@ class BatchedLedger:
                 apart = await self._carry_out(line, items, wait_ms=0)
             except _Broken as error:
                 self._main.broke(error)
-                self._put_back(_in_doubt(items))
+                self._after_break(_in_doubt(items))
             else:
                 self._main.worked()
                 self._set_apart(apart)
@@ -297,6 +300,17 @@ class BatchedLedger:
             else:
                 (self._reserves if item.kind is _Kind.RESERVE else self._settlements).appendleft(item)
                 self._work.set()
+
+    def _after_break(self, items: list[_Item]) -> None:
+        """Once more, with the same ids. What was there each time may be what breaks the connection: to its lane."""
+        again = []
+        for item in items:
+            item.breaks += 1
+            if item.breaks < BREAKS_BEFORE_LANE:
+                again.append(item)
+            else:
+                self._to_lane(item)
+        self._put_back(again)
 
     def _set_apart(self, items: list[_Item]) -> None:
         """These met a lock. Mostly that is another process's batch, gone a moment later: one more try, then a lane."""

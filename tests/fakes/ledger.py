@@ -53,10 +53,11 @@ class FakeLedger:
     """One account with 1,000 microcredits, one key, one worker; and knobs.
 
     ``seconds``: how long a call takes. ``locked``: accounts that somebody else holds. ``poison``: holds whose rows
-    raise. ``down``: no connection can be opened, for the reason ``why_down``. ``confused``: a call that is cut off
-    fails as asyncpg does where it had not sent it yet. ``lose``: "request" or "reply", what gets lost of the next call,
-    with its connection. ``gate``: calls wait for it once they have arrived; those whose connection is cut meanwhile are
-    ``stragglers``, which the server carries out when the test says so.
+    raise; ``deadly``: holds whose rows end the connection. ``down``: no connection can be opened, for the reason
+    ``why_down``. ``confused``: a call that is cut off fails as asyncpg does where it had not sent it yet. ``lose``:
+    "request" or "reply", what gets lost of the next call, with its connection. ``gate``: calls wait for it once they
+    have arrived; those whose connection is cut meanwhile are ``stragglers``, which the server carries out when the test
+    says so.
     """
 
     oracle: Oracle = field(default_factory=Oracle)
@@ -65,6 +66,7 @@ class FakeLedger:
     seconds: float = 0.0
     locked: set[UUID] = field(default_factory=set)
     poison: set[UUID] = field(default_factory=set)
+    deadly: set[UUID] = field(default_factory=set)
     down: bool = False
     why_down: Exception = field(default_factory=lambda: ConnectionRefusedError("the fake server is down"))
     confused: bool = False
@@ -163,6 +165,8 @@ class _FakeCalls:
         ledger = self._ledger
         call = Call(_ids(finalizes), _ids(reserves), _ids(releases), wait_ms)
         ledger.calls.append(call)
+        if ledger.deadly.intersection((*call.finalizes, *call.reserves, *call.releases)):
+            ledger.lose = "request"
         return await self._say(lambda: self._carry_out(finalizes, reserves, releases), wait_ms)
 
     def _carry_out(

@@ -153,6 +153,25 @@ async def test_a_poison_finalize_is_told_and_does_not_come_back() -> None:
             await ledger.finalize(fake.a_finalize(row, 1))
 
 
+async def test_a_row_that_ends_its_connection_stops_no_other_account() -> None:
+    fake = FakeLedger()
+    other, key = fake.another_account(1000)
+    row = fake.a_reserve(10)
+    async with running(fake, BatchLimits(reserve_seconds=3)) as ledger:
+        await ledger.reserve(row)
+        fake.deadly.add(row.hold_id)
+        settled = ledger.finalize(fake.a_finalize(row, 1))
+        results = await asyncio.gather(
+            *(ledger.reserve(fake.a_reserve(1, account_id=other, key_id=key)) for _ in range(20))
+        )
+        assert {result.outcome for result in results} == {GRANTED}
+        await fake.until(lambda: fake.calls[-1].finalizes == (row.hold_id,) and not fake.calls[-1].reserves)
+        assert (await ledger.reserve(fake.a_reserve(1, account_id=other, key_id=key))).outcome is GRANTED
+        assert not settled.done()
+        fake.deadly.clear()
+        assert (await settled).charge == 1
+
+
 # Callers that go
 
 
