@@ -134,7 +134,7 @@ REFUSED = {
         "SELECT farebox.revoke_key('x')",
         "SELECT * FROM farebox.audit()",
         "SELECT farebox.open_purse(gen_random_uuid())",
-        "SELECT farebox.write_moves('{}', now())",
+        "SELECT farebox.write_down(NULL, NULL, NULL, NULL, now())",
         "SELECT farebox.count_spend('x', 1, 1)",
         "CREATE TABLE farebox.mine (x integer)",
         "UPDATE farebox.workers SET lease_until = 'infinity'",

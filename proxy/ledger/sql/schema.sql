@@ -10,6 +10,21 @@ CREATE TYPE farebox.audit_check AS (
 	example text
 );
 
+CREATE TYPE farebox.move AS (
+	account_id uuid,
+	kind text,
+	due bigint,
+	lent bigint,
+	paid bigint,
+	balance bigint,
+	debt bigint,
+	version bigint,
+	hold_id uuid,
+	reference text,
+	actor text,
+	reason text
+);
+
 CREATE TYPE farebox.purse AS (
 	account_id uuid,
 	balance bigint,
@@ -23,60 +38,11 @@ CREATE TYPE farebox.purse AS (
 	paid bigint
 );
 
-CREATE TABLE farebox.holds (
-    id uuid NOT NULL,
-    account_id uuid NOT NULL,
-    state text NOT NULL,
-    amount bigint NOT NULL,
-    key_id text,
-    worker_id uuid,
-    price_version text,
-    model text,
-    variant text,
-    quote text,
-    fingerprint bytea,
-    mark bigint[],
-    opened_at timestamp with time zone NOT NULL,
-    charge bigint,
-    overrun bigint DEFAULT 0 NOT NULL,
-    reversed bigint DEFAULT 0 NOT NULL,
-    usage bigint[],
-    usage_source text,
-    capped text,
-    ending text,
-    receipt text,
-    settle_fingerprint bytea,
-    ended_at timestamp with time zone,
-    CONSTRAINT ended_has_charge CHECK ((((state = 'open'::text) = (charge IS NULL)) AND ((state = 'open'::text) = (ended_at IS NULL)))),
-    CONSTRAINT holds_amount_check CHECK ((amount >= 0)),
-    CONSTRAINT holds_charge_check CHECK ((charge >= 0)),
-    CONSTRAINT holds_overrun_check CHECK ((overrun >= 0)),
-    CONSTRAINT holds_reversed_check CHECK ((reversed >= 0)),
-    CONSTRAINT holds_usage_check CHECK ((cardinality(usage) = 7)),
-    CONSTRAINT known_state CHECK ((state = ANY (ARRAY['open'::text, 'released'::text, 'final'::text, 'provisional'::text]))),
-    CONSTRAINT reversed_within_charge CHECK ((reversed <= COALESCE(charge, (0)::bigint)))
-)
-WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.02');
-
-CREATE TYPE farebox.move AS (
-	row_number bigint,
-	outcome text,
-	answer bigint,
-	overrun bigint,
-	spend_left bigint,
-	purse farebox.purse,
-	change text,
-	hold farebox.holds,
-	reference text,
-	actor text,
-	reason text
-);
-
-CREATE FUNCTION farebox.a_move(_purse farebox.purse, _change text, _hold farebox.holds, _reference text DEFAULT NULL::text, _actor text DEFAULT NULL::text, _reason text DEFAULT NULL::text) RETURNS farebox.move
+CREATE FUNCTION farebox.a_move(_purse farebox.purse, _hold_id uuid, _reference text DEFAULT NULL::text, _actor text DEFAULT NULL::text, _reason text DEFAULT NULL::text) RETURNS farebox.move
     LANGUAGE sql IMMUTABLE
     AS $$
-    SELECT NULL::bigint, NULL::text, NULL::bigint, NULL::bigint, NULL::bigint, _purse, _change, _hold,
-           _reference, _actor, _reason
+    SELECT ROW(_purse.account_id, _purse.kind, _purse.due, _purse.lent, _purse.paid, _purse.balance, _purse.debt,
+               _purse.version, _hold_id, _reference, _actor, _reason)::farebox.move
 $$;
 
 CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
@@ -337,24 +303,209 @@ CREATE FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids u
     SET enable_hashjoin TO 'off'
     SET enable_mergejoin TO 'off'
     AS $$
+#variable_conflict use_column
 DECLARE
     busy uuid[] := farebox.lock_accounts(_account_ids, _wait_ms);
     at timestamptz := clock_timestamp();
+    rows integer := cardinality(_hold_ids);
+    repeats boolean := rows > (SELECT count(DISTINCT u.id) FROM unnest(_hold_ids) AS u (id));
+    entry record;
+    hold farebox.holds;
+    purse farebox.purse;
+    purse_moved boolean := false;
+    available bigint;
+    charge bigint;
+    cap text;
+    purses farebox.purse[];
     moves farebox.move[];
+    new_holds farebox.holds[];
+    changed_holds farebox.holds[];
 BEGIN
-    moves := ARRAY(
-        SELECT d
-          FROM farebox.decide(
-              _reserves, _finalizes, _hold_ids, _account_ids, _key_ids, _amounts, _notes, _fingerprints, _terms,
-              _key_versions, _at_leasts, _usages, _worker_ids, _price_versions, _models, _variants, _usage_sources, _capped,
-              _endings, busy, at
-          ) AS d
-    );
-    PERFORM farebox.write_moves(moves, at);
-    RETURN QUERY
-    SELECT m.row_number, m.outcome, m.answer, m.overrun, coalesce((m.purse).balance, 0),
-           coalesce((m.purse).held, 0), coalesce((m.purse).debt, 0), m.spend_left
-      FROM unnest(moves) AS m;
+    -- A later statement than the lock, so that a key revoked while this call waited is seen as revoked.
+    FOR entry IN
+        SELECT u.*, h AS known_hold, a.id AS known_account, a.balance, a.held, a.debt, a.version,
+               EXISTS (SELECT FROM farebox.spend_limits s WHERE s.account_id = u.account_id) AS limited,
+               _worker_ids[u.term] AS worker_id, _price_versions[u.term] AS price_version, _models[u.term] AS model,
+               _variants[u.term] AS variant, _usage_sources[u.term] AS usage_source,
+               CASE
+                   WHEN u.n <= _reserves THEN 'reserve'
+                   WHEN u.n <= _reserves + _finalizes THEN 'finalize'
+                   ELSE 'release'
+               END AS op,
+               CASE WHEN u.n <= _reserves THEN CASE
+                   WHEN w.lease_until IS NULL OR w.lease_until <= at THEN 'worker_lapsed'
+                   WHEN k.id IS NULL OR k.account_id <> u.account_id OR p.version IS NULL THEN 'unknown'
+                   WHEN k.version <> u.key_version OR k.revoked_at IS NOT NULL THEN 'key_changed'
+                   WHEN k.expires_at <= at THEN 'key_expired'
+               END END AS refusal
+          FROM unnest(
+                   _hold_ids, _account_ids, _key_ids, _amounts, _notes, _fingerprints, _terms, _key_versions, _at_leasts
+               ) WITH ORDINALITY AS u (
+                   hold_id, account_id, key_id, wanted, note, fingerprint, term, key_version, at_least, n
+               )
+          LEFT JOIN farebox.accounts a ON a.id = u.account_id
+          LEFT JOIN farebox.holds h ON h.id = u.hold_id
+          LEFT JOIN farebox.workers w ON w.id = _worker_ids[u.term]
+          LEFT JOIN farebox.api_keys k ON k.id = u.key_id
+          LEFT JOIN farebox.prices p ON p.version = _price_versions[u.term] AND p.model = _models[u.term]
+                                    AND p.variant = _variants[u.term]
+         ORDER BY u.account_id,
+                  CASE WHEN repeats THEN (
+                      SELECT min(x.n + CASE WHEN x.n > _reserves THEN -rows ELSE 0 END)
+                        FROM unnest(_hold_ids) WITH ORDINALITY AS x (id, n)
+                       WHERE x.id = u.hold_id
+                  ) END,
+                  u.n <= _reserves, u.n
+    LOOP
+        row_number := entry.n;
+        outcome := NULL;
+        amount := 0;
+        overrun := 0;
+        spend_left := NULL;
+        IF entry.known_account IS NULL OR entry.account_id = ANY (busy) THEN
+            outcome := CASE WHEN entry.known_account IS NULL THEN 'unknown' ELSE 'busy' END;
+            balance := 0;
+            held := 0;
+            debt := 0;
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        IF purse.account_id IS DISTINCT FROM entry.account_id THEN
+            IF purse_moved THEN
+                purses := purses || purse;
+            END IF;
+            purse_moved := false;
+            purse := (
+                entry.account_id, entry.balance, entry.held, entry.debt, entry.version, entry.limited, NULL, 0, 0, 0
+            )::farebox.purse;
+            hold := NULL;
+        END IF;
+        IF hold.id IS DISTINCT FROM entry.hold_id THEN
+            hold := entry.known_hold;
+        END IF;
+
+        IF hold.account_id <> entry.account_id THEN
+            outcome := 'conflict';
+
+        ELSIF entry.op = 'finalize' AND hold.state IN ('released', 'final') THEN
+            outcome := CASE
+                WHEN hold.state = 'released' THEN 'released'
+                WHEN hold.settle_fingerprint = entry.fingerprint THEN 'final'
+                ELSE 'conflict'
+            END;
+            IF outcome = 'final' THEN
+                amount := hold.charge;
+                overrun := hold.overrun;
+            END IF;
+
+        ELSIF entry.op = 'finalize' THEN
+            charge := entry.wanted;
+            cap := _capped[entry.term];
+            IF entry.usage_source = 'counted' AND charge > hold.amount THEN
+                charge := hold.amount;
+                cap := 'counted_above_hold';
+            END IF;
+            purse := farebox.settled(
+                purse, hold.state, hold.amount, hold.charge, coalesce(hold.key_id, entry.key_id), charge
+            );
+            purse_moved := true;
+            moves := moves || farebox.a_move(purse, entry.hold_id);
+            outcome := 'final';
+            amount := charge;
+            overrun := coalesce(hold.overrun, 0) + purse.lent;
+            -- A hold that was never seen leaves its tombstone.
+            hold := (
+                entry.hold_id, entry.account_id, coalesce(hold.state, 'new'), coalesce(hold.amount, 0),
+                coalesce(hold.key_id, entry.key_id), coalesce(hold.worker_id, entry.worker_id), entry.price_version,
+                entry.model, entry.variant, hold.quote, hold.fingerprint, hold.mark, coalesce(hold.opened_at, at), charge,
+                overrun, 0, _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7], entry.usage_source, cap,
+                _endings[entry.term], entry.note, entry.fingerprint, at
+            )::farebox.holds;
+            IF hold.state = 'new' THEN
+                hold.state := 'final';
+                new_holds := new_holds || hold;
+            ELSE
+                hold.state := 'final';
+                changed_holds := changed_holds || hold;
+            END IF;
+
+        ELSIF entry.op = 'release' AND hold.id IS NULL THEN
+            -- A tombstone, so that its reserve, arriving late, holds nothing.
+            outcome := 'released';
+            hold := (
+                entry.hold_id, entry.account_id, 'released', 0, NULL, entry.worker_id, NULL, NULL, NULL, NULL, NULL, NULL,
+                at, 0, 0, 0, NULL, NULL, NULL, 'released', NULL, NULL, at
+            )::farebox.holds;
+            new_holds := new_holds || hold;
+
+        ELSIF entry.op = 'release' AND hold.state IN ('open', 'provisional') THEN
+            -- What the sweeper has charged meanwhile is trued up to nothing; the hold is then final.
+            outcome := CASE hold.state WHEN 'open' THEN 'released' ELSE 'final' END;
+            amount := CASE hold.state WHEN 'open' THEN hold.amount ELSE hold.charge END;
+            purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, 0);
+            purse_moved := true;
+            moves := moves || farebox.a_move(purse, entry.hold_id);
+            hold.state := outcome;
+            hold.charge := 0;
+            hold.usage := NULL;
+            hold.usage_source := NULL;
+            hold.capped := NULL;
+            hold.ending := 'released';
+            hold.ended_at := at;
+            changed_holds := changed_holds || hold;
+
+        ELSIF entry.op = 'release' THEN
+            outcome := hold.state;
+
+        ELSIF hold.id IS NOT NULL THEN
+            outcome := CASE
+                WHEN hold.fingerprint <> entry.fingerprint THEN 'conflict'
+                WHEN hold.state = 'open' THEN 'granted'
+                ELSE 'ended'
+            END;
+            amount := CASE outcome WHEN 'granted' THEN hold.amount ELSE 0 END;
+
+        ELSIF entry.refusal IS NOT NULL THEN
+            outcome := entry.refusal;
+
+        ELSE
+            available := purse.balance - purse.held;
+            IF purse.limited THEN
+                spend_left := farebox.spend_left(entry.key_id);
+            END IF;
+            IF purse.debt > 0 OR purse.balance < entry.at_least THEN
+                outcome := 'insufficient';
+            ELSIF available < entry.at_least THEN
+                outcome := 'credits_held';
+            ELSIF spend_left < entry.at_least THEN
+                outcome := 'spend_limit';
+            ELSE
+                outcome := 'granted';
+                amount := least(entry.wanted, available, spend_left);
+                purse := farebox.moved(purse, NULL, 0, -amount);
+                purse_moved := true;
+                hold := (
+                    entry.hold_id, entry.account_id, 'open', amount, entry.key_id, entry.worker_id, entry.price_version,
+                    entry.model, entry.variant, entry.note, entry.fingerprint, NULL, at, NULL,
+                    0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+                )::farebox.holds;
+                new_holds := new_holds || hold;
+                IF spend_left IS NOT NULL THEN
+                    PERFORM farebox.count_spend(entry.key_id, amount, 0);
+                    spend_left := spend_left - amount;
+                END IF;
+            END IF;
+        END IF;
+
+        balance := purse.balance;
+        held := purse.held;
+        debt := purse.debt;
+        RETURN NEXT;
+    END LOOP;
+    IF purse_moved THEN
+        purses := purses || purse;
+    END IF;
+    PERFORM farebox.write_down(purses, moves, new_holds, changed_holds, at);
 END
 $$;
 
@@ -429,187 +580,6 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION farebox.decide(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _busy uuid[], _at timestamp with time zone) RETURNS SETOF farebox.move
-    LANGUAGE plpgsql
-    AS $$
-DECLARE
-    rows integer := cardinality(_hold_ids);
-    repeats boolean := rows > (SELECT count(DISTINCT u.id) FROM unnest(_hold_ids) AS u (id));
-    entry record;
-    current_account uuid;
-    purse farebox.purse;
-    hold farebox.holds;
-    available bigint;
-    charge bigint;
-    usage bigint[];
-    cap text;
-    outcome text;
-    answer bigint;
-    overrun bigint;
-    spend_left bigint;
-    change text;
-BEGIN
-    -- A later statement than the lock, so that a key revoked while this call waited is seen as revoked.
-    FOR entry IN
-        SELECT u.*, h AS known_hold,
-               CASE
-                   WHEN u.n <= _reserves THEN 'reserve'
-                   WHEN u.n <= _reserves + _finalizes THEN 'finalize'
-                   ELSE 'release'
-               END AS op,
-               CASE WHEN u.n <= _reserves THEN CASE
-                   WHEN w.lease_until IS NULL OR w.lease_until <= _at THEN 'worker_lapsed'
-                   WHEN k.id IS NULL OR k.account_id <> u.account_id OR p.version IS NULL THEN 'unknown'
-                   WHEN k.version <> u.key_version OR k.revoked_at IS NOT NULL THEN 'key_changed'
-                   WHEN k.expires_at <= _at THEN 'key_expired'
-               END END AS refusal
-          FROM unnest(
-                   _hold_ids, _account_ids, _key_ids, _amounts, _notes, _fingerprints, _terms, _key_versions, _at_leasts
-               ) WITH ORDINALITY AS u (
-                   hold_id, account_id, key_id, amount, note, fingerprint, term, key_version, at_least, n
-               )
-          LEFT JOIN farebox.holds h ON h.id = u.hold_id
-          LEFT JOIN farebox.workers w ON w.id = _worker_ids[u.term]
-          LEFT JOIN farebox.api_keys k ON k.id = u.key_id
-          LEFT JOIN farebox.prices p ON p.version = _price_versions[u.term] AND p.model = _models[u.term]
-                                    AND p.variant = _variants[u.term]
-         ORDER BY u.account_id,
-                  CASE WHEN repeats THEN (
-                      SELECT min(x.n + CASE WHEN x.n > _reserves THEN -rows ELSE 0 END)
-                        FROM unnest(_hold_ids) WITH ORDINALITY AS x (id, n)
-                       WHERE x.id = u.hold_id
-                  ) END,
-                  u.n <= _reserves, u.n
-    LOOP
-        IF current_account IS DISTINCT FROM entry.account_id THEN
-            current_account := entry.account_id;
-            purse := farebox.open_purse(current_account);
-            hold := NULL;
-        END IF;
-        IF purse.account_id IS NULL OR entry.account_id = ANY (_busy) THEN
-            outcome := CASE WHEN purse.account_id IS NULL THEN 'unknown' ELSE 'busy' END;
-            RETURN NEXT (entry.n, outcome, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL)::farebox.move;
-            CONTINUE;
-        END IF;
-        IF hold.id IS DISTINCT FROM entry.hold_id THEN
-            hold := entry.known_hold;
-        END IF;
-        answer := 0;
-        overrun := 0;
-        spend_left := NULL;
-        change := NULL;
-
-        IF hold.account_id <> entry.account_id THEN
-            outcome := 'conflict';
-
-        ELSIF entry.op = 'finalize' THEN
-            IF hold.state = 'released' THEN
-                outcome := 'released';
-            ELSIF hold.state = 'final' THEN
-                outcome := CASE hold.settle_fingerprint WHEN entry.fingerprint THEN 'final' ELSE 'conflict' END;
-            ELSE
-                outcome := 'final';
-                charge := entry.amount;
-                usage := _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7];
-                cap := _capped[entry.term];
-                IF _usage_sources[entry.term] = 'counted' AND charge > hold.amount THEN
-                    charge := hold.amount;
-                    cap := 'counted_above_hold';
-                END IF;
-                purse := farebox.settled(
-                    purse, hold.state, hold.amount, hold.charge, coalesce(hold.key_id, entry.key_id), charge
-                );
-                change := CASE WHEN hold.id IS NULL THEN 'insert' ELSE 'update' END;
-                hold := (
-                    entry.hold_id, entry.account_id, 'final', coalesce(hold.amount, 0), coalesce(hold.key_id, entry.key_id),
-                    coalesce(hold.worker_id, _worker_ids[entry.term]), _price_versions[entry.term], _models[entry.term], _variants[entry.term], hold.quote,
-                    hold.fingerprint, hold.mark, coalesce(hold.opened_at, _at), charge,
-                    coalesce(hold.overrun, 0) + purse.lent, 0, usage, _usage_sources[entry.term], cap, _endings[entry.term],
-                    entry.note, entry.fingerprint, _at
-                )::farebox.holds;
-            END IF;
-            IF outcome = 'final' THEN
-                answer := hold.charge;
-                overrun := hold.overrun;
-            END IF;
-
-        ELSIF entry.op = 'release' THEN
-            IF hold.id IS NULL THEN
-                -- A tombstone, so that its reserve, arriving late, holds nothing.
-                purse := farebox.moved(purse, NULL, 0, 0);
-                change := 'insert';
-                hold.id := entry.hold_id;
-                hold.account_id := entry.account_id;
-                hold.state := 'released';
-                hold.amount := 0;
-                hold.worker_id := _worker_ids[entry.term];
-                hold.opened_at := _at;
-                hold.charge := 0;
-                hold.overrun := 0;
-                hold.reversed := 0;
-                hold.ending := 'released';
-                hold.ended_at := _at;
-            ELSIF hold.state IN ('open', 'provisional') THEN
-                -- What the sweeper has charged meanwhile is trued up to nothing; the hold is then final.
-                purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, 0);
-                change := 'update';
-                answer := CASE hold.state WHEN 'open' THEN hold.amount ELSE hold.charge END;
-                hold.state := CASE hold.state WHEN 'open' THEN 'released' ELSE 'final' END;
-                hold.charge := 0;
-                hold.usage := NULL;
-                hold.usage_source := NULL;
-                hold.capped := NULL;
-                hold.ending := 'released';
-                hold.ended_at := _at;
-            END IF;
-            outcome := hold.state;
-
-        ELSIF hold.id IS NOT NULL THEN
-            outcome := CASE
-                WHEN hold.fingerprint <> entry.fingerprint THEN 'conflict'
-                WHEN hold.state = 'open' THEN 'granted'
-                ELSE 'ended'
-            END;
-            answer := CASE outcome WHEN 'granted' THEN hold.amount ELSE 0 END;
-
-        ELSIF entry.refusal IS NOT NULL THEN
-            outcome := entry.refusal;
-
-        ELSE
-            available := purse.balance - purse.held;
-            IF purse.limited THEN
-                spend_left := farebox.spend_left(entry.key_id);
-            END IF;
-            IF purse.debt > 0 OR purse.balance < entry.at_least THEN
-                outcome := 'insufficient';
-            ELSIF available < entry.at_least THEN
-                outcome := 'credits_held';
-            ELSIF spend_left < entry.at_least THEN
-                outcome := 'spend_limit';
-            ELSE
-                outcome := 'granted';
-                answer := least(entry.amount, available, spend_left);
-                purse := farebox.moved(purse, NULL, 0, -answer);
-                change := 'insert';
-                hold := (
-                    entry.hold_id, entry.account_id, 'open', answer, entry.key_id, _worker_ids[entry.term], _price_versions[entry.term],
-                    _models[entry.term], _variants[entry.term], entry.note, entry.fingerprint, NULL, _at, NULL,
-                    0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
-                )::farebox.holds;
-                IF spend_left IS NOT NULL THEN
-                    PERFORM farebox.count_spend(entry.key_id, answer, 0);
-                    spend_left := spend_left - answer;
-                END IF;
-            END IF;
-        END IF;
-        RETURN NEXT (
-            entry.n, outcome, answer, overrun, spend_left, purse, change,
-            CASE WHEN change IS NOT NULL THEN hold END, NULL, NULL, NULL
-        )::farebox.move;
-    END LOOP;
-END
-$$;
-
 CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) RETURNS TABLE(hold_id uuid, account_id uuid, charge bigint)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -623,7 +593,9 @@ DECLARE
     purse farebox.purse;
     hold farebox.holds;
     cost numeric;
-    moves farebox.move[] := '{}';
+    purses farebox.purse[];
+    moves farebox.move[];
+    settled_holds farebox.holds[];
 BEGIN
     IF clock_timestamp() < pg_postmaster_start_time() + _restart_grace
        OR NOT pg_try_advisory_xact_lock(hashtextextended('farebox.expire_holds', 0)) THEN
@@ -664,6 +636,9 @@ BEGIN
            FOR NO KEY UPDATE
     LOOP
         IF purse.account_id IS DISTINCT FROM hold.account_id THEN
+            IF purse.account_id IS NOT NULL THEN
+                purses := purses || purse;
+            END IF;
             purse := farebox.open_purse(hold.account_id);
         END IF;
         -- A mark was counted by us, so it never costs more than was held.
@@ -678,10 +653,14 @@ BEGIN
         hold.usage_source := CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END;
         hold.ending := 'worker_gone';
         hold.ended_at := at;
-        moves := moves || farebox.a_move(purse, 'update', hold);
+        moves := moves || farebox.a_move(purse, hold.id);
+        settled_holds := settled_holds || hold;
         RETURN QUERY SELECT hold.id, hold.account_id, cost::bigint;
     END LOOP;
-    PERFORM farebox.write_moves(moves, at);
+    IF purse.account_id IS NOT NULL THEN
+        purses := purses || purse;
+    END IF;
+    PERFORM farebox.write_down(purses, moves, NULL, settled_holds, at);
 END
 $$;
 
@@ -713,8 +692,8 @@ BEGIN
     granted := addable;
     total := hold.amount + granted;
     hold.amount := total;
-    PERFORM farebox.write_moves(
-        ARRAY[farebox.a_move(farebox.moved(purse, NULL, 0, -granted), 'update', hold)], clock_timestamp()
+    PERFORM farebox.write_down(
+        ARRAY[farebox.moved(purse, NULL, 0, -granted)], NULL, NULL, ARRAY[hold], clock_timestamp()
     );
     IF purse.limited THEN
         PERFORM farebox.count_spend(hold.key_id, granted, 0);
@@ -771,7 +750,9 @@ BEGIN
     transfer_account := _account_id;
     transfer_version := purse.version + 1;
     purse := farebox.moved(purse, _kind, -_amount, 0);
-    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'account', NULL, _reference, _actor, _reason)], at);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, NULL, _reference, _actor, _reason)], NULL, NULL, at
+    );
 END
 $$;
 
@@ -827,6 +808,7 @@ CREATE FUNCTION farebox.lease_length() RETURNS interval
 
 CREATE FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) RETURNS uuid[]
     LANGUAGE plpgsql
+    SET enable_seqscan TO 'off'
     AS $$
 DECLARE
     locked uuid[];
@@ -991,7 +973,9 @@ BEGIN
     transfer_version := purse.version + 1;
     purse := farebox.moved(purse, 'reversal', -back, 0);
     hold.reversed := hold.reversed + back;
-    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'update', hold, _reference, _actor, _reason)], at);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, hold.id, _reference, _actor, _reason)], NULL, ARRAY[hold], at
+    );
     IF purse.limited THEN
         PERFORM farebox.count_spend(hold.key_id, 0, -back);
     END IF;
@@ -1143,50 +1127,80 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION farebox.write_moves(_moves farebox.move[], _at timestamp with time zone) RETURNS void
+CREATE TABLE farebox.holds (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    state text NOT NULL,
+    amount bigint NOT NULL,
+    key_id text,
+    worker_id uuid,
+    price_version text,
+    model text,
+    variant text,
+    quote text,
+    fingerprint bytea,
+    mark bigint[],
+    opened_at timestamp with time zone NOT NULL,
+    charge bigint,
+    overrun bigint DEFAULT 0 NOT NULL,
+    reversed bigint DEFAULT 0 NOT NULL,
+    usage bigint[],
+    usage_source text,
+    capped text,
+    ending text,
+    receipt text,
+    settle_fingerprint bytea,
+    ended_at timestamp with time zone,
+    CONSTRAINT ended_has_charge CHECK ((((state = 'open'::text) = (charge IS NULL)) AND ((state = 'open'::text) = (ended_at IS NULL)))),
+    CONSTRAINT holds_amount_check CHECK ((amount >= 0)),
+    CONSTRAINT holds_charge_check CHECK ((charge >= 0)),
+    CONSTRAINT holds_overrun_check CHECK ((overrun >= 0)),
+    CONSTRAINT holds_reversed_check CHECK ((reversed >= 0)),
+    CONSTRAINT holds_usage_check CHECK ((cardinality(usage) = 7)),
+    CONSTRAINT known_state CHECK ((state = ANY (ARRAY['open'::text, 'released'::text, 'final'::text, 'provisional'::text]))),
+    CONSTRAINT reversed_within_charge CHECK ((reversed <= COALESCE(charge, (0)::bigint)))
+)
+WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE FUNCTION farebox.write_down(_purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[], _at timestamp with time zone) RETURNS void
     LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 BEGIN
-    INSERT INTO farebox.holds
-    SELECT (m.hold).* FROM unnest(_moves) AS m WHERE m.change = 'insert';
+    INSERT INTO farebox.holds SELECT n.* FROM unnest(_new_holds) AS n;
 
     UPDATE farebox.holds AS h
-       SET state = (m.hold).state, amount = (m.hold).amount, charge = (m.hold).charge, overrun = (m.hold).overrun,
-           reversed = (m.hold).reversed, usage = (m.hold).usage, usage_source = (m.hold).usage_source,
-           capped = (m.hold).capped, ending = (m.hold).ending, receipt = (m.hold).receipt,
-           settle_fingerprint = (m.hold).settle_fingerprint, ended_at = (m.hold).ended_at,
-           price_version = (m.hold).price_version, model = (m.hold).model, variant = (m.hold).variant
-      FROM unnest(_moves) AS m
-     WHERE m.change = 'update' AND h.id = (m.hold).id;
+       SET state = c.state, amount = c.amount, charge = c.charge, overrun = c.overrun, reversed = c.reversed,
+           usage = c.usage, usage_source = c.usage_source, capped = c.capped, ending = c.ending, receipt = c.receipt,
+           settle_fingerprint = c.settle_fingerprint, ended_at = c.ended_at, price_version = c.price_version,
+           model = c.model, variant = c.variant
+      FROM unnest(_changed_holds) AS c
+     WHERE h.id = c.id;
 
-    -- The purse is as it was after the last of a move's transfers; later ones are taken back out for the earlier.
     INSERT INTO farebox.transfers (
         account_id, version, kind, account_side, system_account, amount, balance_after, debt_after,
         hold_id, reference, actor, reason, created_at
     )
-    SELECT p.account_id, p.version - t.later, t.kind, t.side, t.system_account, t.amount, p.balance + t.owned, p.debt + t.owed,
-           (m.hold).id, CASE t.kind WHEN p.kind THEN m.reference END, m.actor, m.reason, _at
+    SELECT m.account_id, m.version - t.later, t.kind, t.side, t.system_account, t.amount, m.balance + t.owned, m.debt + t.owed,
+           m.hold_id, CASE t.kind WHEN m.kind THEN m.reference END, m.actor, m.reason, _at
       FROM unnest(_moves) AS m,
-           LATERAL (SELECT (m.purse).*) AS p,
+           -- later, owned, owed: what came after, taken back out of the version, the balance and the debt.
            LATERAL (VALUES
-               ('overrun', 'credit', 'receivable', p.lent, 1, p.due, 0),
-               (p.kind, CASE WHEN p.due > 0 THEN 'debit' ELSE 'credit' END,
-                CASE p.kind WHEN 'grant' THEN 'grants' ELSE 'revenue' END,
-                abs(p.due), (p.paid > 0)::integer, p.paid, p.paid),
-               ('debt_payment', 'debit', 'receivable', p.paid, 0, 0, 0)
+               ('overrun', 'credit', 'receivable', m.lent, 1, m.due, 0),
+               (m.kind, CASE WHEN m.due > 0 THEN 'debit' ELSE 'credit' END,
+                CASE m.kind WHEN 'grant' THEN 'grants' ELSE 'revenue' END,
+                abs(m.due), (m.paid > 0)::integer, m.paid, m.paid),
+               ('debt_payment', 'debit', 'receivable', m.paid, 0, 0, 0)
            ) AS t (kind, side, system_account, amount, later, owned, owed)
-     WHERE m.change IS NOT NULL AND (p.due <> 0 OR p.paid > 0) AND t.amount > 0;
+     WHERE t.amount > 0;
 
     UPDATE farebox.accounts AS a
-       SET balance = (last.purse).balance, held = (last.purse).held, debt = (last.purse).debt,
-           version = (last.purse).version
-      FROM (
-          SELECT DISTINCT ON ((m.purse).account_id) m.purse
-            FROM unnest(_moves) WITH ORDINALITY AS m
-           WHERE m.change IS NOT NULL
-           ORDER BY (m.purse).account_id, m.ordinality DESC
-      ) AS last
-     WHERE a.id = (last.purse).account_id;
+       SET balance = p.balance, held = p.held, debt = p.debt, version = p.version
+      FROM unnest(_purses) AS p
+     WHERE a.id = p.account_id;
 END
 $$;
 
@@ -1310,7 +1324,7 @@ CREATE INDEX api_keys_account ON farebox.api_keys USING btree (account_id);
 
 CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
 
-CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id);
+CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id) WHERE (state <> 'open'::text);
 
 CREATE INDEX holds_open ON farebox.holds USING btree (worker_id) WHERE (state = 'open'::text);
 
@@ -1366,10 +1380,7 @@ GRANT USAGE ON SCHEMA farebox TO farebox_gateway;
 GRANT USAGE ON SCHEMA farebox TO farebox_control;
 GRANT USAGE ON SCHEMA farebox TO farebox_reader;
 
-GRANT SELECT ON TABLE farebox.holds TO farebox_control;
-GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
-
-REVOKE ALL ON FUNCTION farebox.a_move(_purse farebox.purse, _change text, _hold farebox.holds, _reference text, _actor text, _reason text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.a_move(_purse farebox.purse, _hold_id uuid, _reference text, _actor text, _reason text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit() FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.audit() TO farebox_control;
@@ -1406,8 +1417,6 @@ GRANT ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id 
 
 REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
-
-REVOKE ALL ON FUNCTION farebox.decide(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _busy uuid[], _at timestamp with time zone) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) TO farebox_gateway;
@@ -1479,7 +1488,10 @@ GRANT ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) TO farebox_gateway;
 REVOKE ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
 
-REVOKE ALL ON FUNCTION farebox.write_moves(_moves farebox.move[], _at timestamp with time zone) FROM PUBLIC;
+GRANT SELECT ON TABLE farebox.holds TO farebox_control;
+GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.write_down(_purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[], _at timestamp with time zone) FROM PUBLIC;
 
 GRANT SELECT ON TABLE farebox.accounts TO farebox_control;
 GRANT SELECT ON TABLE farebox.accounts TO farebox_reader;

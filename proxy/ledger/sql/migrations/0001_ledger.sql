@@ -109,7 +109,7 @@ CREATE TABLE farebox.holds (
     CONSTRAINT reversed_within_charge CHECK (reversed <= coalesce(charge, 0))
 ) WITH (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.02);
 CREATE INDEX holds_open ON farebox.holds (worker_id) WHERE state = 'open';
-CREATE INDEX holds_account ON farebox.holds (account_id, id);
+CREATE INDEX holds_account ON farebox.holds (account_id, id) WHERE state <> 'open';
 
 -- The book: one row debits one side and credits the other, so it sums to zero by construction. Exactly one side is the
 -- customer, whose next version it takes; the other is a system name without a running balance. Append-only.
@@ -153,17 +153,17 @@ CREATE TYPE farebox.purse AS (
     paid bigint
 );
 
--- One thing done: the answer to whoever asked, the purse after it, and the hold as it is then. change says what is to be
--- written: the account and a hold ('insert', 'update'), the account alone ('account'), or (NULL) nothing, since nothing moved.
+-- What moved in a purse, to be written as up to three transfers; balance, debt and version are those after the last.
 CREATE TYPE farebox.move AS (
-    row_number bigint,
-    outcome text,
-    answer bigint,
-    overrun bigint,
-    spend_left bigint,
-    purse farebox.purse,
-    change text,
-    hold farebox.holds,
+    account_id uuid,
+    kind text,
+    due bigint,
+    lent bigint,
+    paid bigint,
+    balance bigint,
+    debt bigint,
+    version bigint,
+    hold_id uuid,
     reference text,
     actor text,
     reason text

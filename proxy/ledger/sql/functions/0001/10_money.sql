@@ -29,58 +29,55 @@ END
 $$;
 
 CREATE FUNCTION farebox.a_move(
-    _purse farebox.purse, _change text, _hold farebox.holds,
+    _purse farebox.purse, _hold_id uuid,
     _reference text DEFAULT NULL, _actor text DEFAULT NULL, _reason text DEFAULT NULL
 ) RETURNS farebox.move
 LANGUAGE sql IMMUTABLE AS $$
-    SELECT NULL::bigint, NULL::text, NULL::bigint, NULL::bigint, NULL::bigint, _purse, _change, _hold,
-           _reference, _actor, _reason
+    SELECT ROW(_purse.account_id, _purse.kind, _purse.due, _purse.lent, _purse.paid, _purse.balance, _purse.debt,
+               _purse.version, _hold_id, _reference, _actor, _reason)::farebox.move
 $$;
 
--- Writes moves down, in their order: the only statements that write holds' ends, transfers and accounts.
-CREATE FUNCTION farebox.write_moves(_moves farebox.move[], _at timestamptz) RETURNS void
-LANGUAGE plpgsql AS $$
+-- Writes down what was decided: the only statements that write accounts, transfers and the ends of holds.
+-- Moves stand in their order; a purse that stands for its account is the last state of it.
+CREATE FUNCTION farebox.write_down(
+    _purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[], _at timestamptz
+) RETURNS void
+LANGUAGE plpgsql
+-- One plan whatever the tables' size: each row by its key. Planned while a table was empty, it must never scan it.
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
 BEGIN
-    INSERT INTO farebox.holds
-    SELECT (m.hold).* FROM unnest(_moves) AS m WHERE m.change = 'insert';
+    INSERT INTO farebox.holds SELECT n.* FROM unnest(_new_holds) AS n;
 
     UPDATE farebox.holds AS h
-       SET state = (m.hold).state, amount = (m.hold).amount, charge = (m.hold).charge, overrun = (m.hold).overrun,
-           reversed = (m.hold).reversed, usage = (m.hold).usage, usage_source = (m.hold).usage_source,
-           capped = (m.hold).capped, ending = (m.hold).ending, receipt = (m.hold).receipt,
-           settle_fingerprint = (m.hold).settle_fingerprint, ended_at = (m.hold).ended_at,
-           price_version = (m.hold).price_version, model = (m.hold).model, variant = (m.hold).variant
-      FROM unnest(_moves) AS m
-     WHERE m.change = 'update' AND h.id = (m.hold).id;
+       SET state = c.state, amount = c.amount, charge = c.charge, overrun = c.overrun, reversed = c.reversed,
+           usage = c.usage, usage_source = c.usage_source, capped = c.capped, ending = c.ending, receipt = c.receipt,
+           settle_fingerprint = c.settle_fingerprint, ended_at = c.ended_at, price_version = c.price_version,
+           model = c.model, variant = c.variant
+      FROM unnest(_changed_holds) AS c
+     WHERE h.id = c.id;
 
-    -- The purse is as it was after the last of a move's transfers; later ones are taken back out for the earlier.
     INSERT INTO farebox.transfers (
         account_id, version, kind, account_side, system_account, amount, balance_after, debt_after,
         hold_id, reference, actor, reason, created_at
     )
-    SELECT p.account_id, p.version - t.later, t.kind, t.side, t.system_account, t.amount, p.balance + t.owned, p.debt + t.owed,
-           (m.hold).id, CASE t.kind WHEN p.kind THEN m.reference END, m.actor, m.reason, _at
+    SELECT m.account_id, m.version - t.later, t.kind, t.side, t.system_account, t.amount, m.balance + t.owned, m.debt + t.owed,
+           m.hold_id, CASE t.kind WHEN m.kind THEN m.reference END, m.actor, m.reason, _at
       FROM unnest(_moves) AS m,
-           LATERAL (SELECT (m.purse).*) AS p,
+           -- later, owned, owed: what came after, taken back out of the version, the balance and the debt.
            LATERAL (VALUES
-               ('overrun', 'credit', 'receivable', p.lent, 1, p.due, 0),
-               (p.kind, CASE WHEN p.due > 0 THEN 'debit' ELSE 'credit' END,
-                CASE p.kind WHEN 'grant' THEN 'grants' ELSE 'revenue' END,
-                abs(p.due), (p.paid > 0)::integer, p.paid, p.paid),
-               ('debt_payment', 'debit', 'receivable', p.paid, 0, 0, 0)
+               ('overrun', 'credit', 'receivable', m.lent, 1, m.due, 0),
+               (m.kind, CASE WHEN m.due > 0 THEN 'debit' ELSE 'credit' END,
+                CASE m.kind WHEN 'grant' THEN 'grants' ELSE 'revenue' END,
+                abs(m.due), (m.paid > 0)::integer, m.paid, m.paid),
+               ('debt_payment', 'debit', 'receivable', m.paid, 0, 0, 0)
            ) AS t (kind, side, system_account, amount, later, owned, owed)
-     WHERE m.change IS NOT NULL AND (p.due <> 0 OR p.paid > 0) AND t.amount > 0;
+     WHERE t.amount > 0;
 
     UPDATE farebox.accounts AS a
-       SET balance = (last.purse).balance, held = (last.purse).held, debt = (last.purse).debt,
-           version = (last.purse).version
-      FROM (
-          SELECT DISTINCT ON ((m.purse).account_id) m.purse
-            FROM unnest(_moves) WITH ORDINALITY AS m
-           WHERE m.change IS NOT NULL
-           ORDER BY (m.purse).account_id, m.ordinality DESC
-      ) AS last
-     WHERE a.id = (last.purse).account_id;
+       SET balance = p.balance, held = p.held, debt = p.debt, version = p.version
+      FROM unnest(_purses) AS p
+     WHERE a.id = p.account_id;
 END
 $$;
 

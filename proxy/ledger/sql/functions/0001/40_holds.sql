@@ -39,8 +39,8 @@ BEGIN
     granted := addable;
     total := hold.amount + granted;
     hold.amount := total;
-    PERFORM farebox.write_moves(
-        ARRAY[farebox.a_move(farebox.moved(purse, NULL, 0, -granted), 'update', hold)], clock_timestamp()
+    PERFORM farebox.write_down(
+        ARRAY[farebox.moved(purse, NULL, 0, -granted)], NULL, NULL, ARRAY[hold], clock_timestamp()
     );
     IF purse.limited THEN
         PERFORM farebox.count_spend(hold.key_id, granted, 0);
@@ -122,7 +122,9 @@ DECLARE
     purse farebox.purse;
     hold farebox.holds;
     cost numeric;
-    moves farebox.move[] := '{}';
+    purses farebox.purse[];
+    moves farebox.move[];
+    settled_holds farebox.holds[];
 BEGIN
     IF clock_timestamp() < pg_postmaster_start_time() + _restart_grace
        OR NOT pg_try_advisory_xact_lock(hashtextextended('farebox.expire_holds', 0)) THEN
@@ -163,6 +165,9 @@ BEGIN
            FOR NO KEY UPDATE
     LOOP
         IF purse.account_id IS DISTINCT FROM hold.account_id THEN
+            IF purse.account_id IS NOT NULL THEN
+                purses := purses || purse;
+            END IF;
             purse := farebox.open_purse(hold.account_id);
         END IF;
         -- A mark was counted by us, so it never costs more than was held.
@@ -177,10 +182,14 @@ BEGIN
         hold.usage_source := CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END;
         hold.ending := 'worker_gone';
         hold.ended_at := at;
-        moves := moves || farebox.a_move(purse, 'update', hold);
+        moves := moves || farebox.a_move(purse, hold.id);
+        settled_holds := settled_holds || hold;
         RETURN QUERY SELECT hold.id, hold.account_id, cost::bigint;
     END LOOP;
-    PERFORM farebox.write_moves(moves, at);
+    IF purse.account_id IS NOT NULL THEN
+        purses := purses || purse;
+    END IF;
+    PERFORM farebox.write_down(purses, moves, NULL, settled_holds, at);
 END
 $$;
 

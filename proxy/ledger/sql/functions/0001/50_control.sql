@@ -206,7 +206,9 @@ BEGIN
     transfer_account := _account_id;
     transfer_version := purse.version + 1;
     purse := farebox.moved(purse, _kind, -_amount, 0);
-    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'account', NULL, _reference, _actor, _reason)], at);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, NULL, _reference, _actor, _reason)], NULL, NULL, at
+    );
 END
 $$;
 
@@ -251,7 +253,9 @@ BEGIN
     transfer_version := purse.version + 1;
     purse := farebox.moved(purse, 'reversal', -back, 0);
     hold.reversed := hold.reversed + back;
-    PERFORM farebox.write_moves(ARRAY[farebox.a_move(purse, 'update', hold, _reference, _actor, _reason)], at);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, hold.id, _reference, _actor, _reason)], NULL, ARRAY[hold], at
+    );
     IF purse.limited THEN
         PERFORM farebox.count_spend(hold.key_id, 0, -back);
     END IF;
