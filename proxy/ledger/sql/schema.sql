@@ -84,8 +84,9 @@ CREATE FUNCTION farebox.audit_accounts() RETURNS SETOF farebox.audit_check
                a.debt IS NOT DISTINCT FROM coalesce(b.debt, 0) AS debt,
                a.version IS NOT DISTINCT FROM coalesce(b.last, 0)
                    AND coalesce(b.first, 1) = 1 AND coalesce(b.transfers, 0) = coalesce(b.last, 0) AS versions,
-               coalesce(a.held >= 0 AND a.balance >= a.held AND a.debt >= 0 AND (a.debt = 0 OR a.balance = a.held), false)
-                   AS limits
+               coalesce(
+                   a.held >= 0 AND a.balance >= a.held AND a.debt >= 0 AND (a.debt = 0 OR a.balance = a.held), false
+               ) AS limits
           FROM farebox.accounts a
           FULL JOIN book b ON b.account_id = a.id
           FULL JOIN open o ON o.account_id = coalesce(a.id, b.account_id)
@@ -291,7 +292,8 @@ CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
         SELECT c.*, c.rows = 0 AND pg_stat_get_live_tuples(('farebox.' || c.relation)::regclass) > 0 AS hidden
           FROM counted c
     )
-    SELECT 'rows_are_visible', sum(j.rows)::bigint, count(*) FILTER (WHERE j.hidden), min(j.relation) FILTER (WHERE j.hidden)
+    SELECT 'rows_are_visible', sum(j.rows)::bigint, count(*) FILTER (WHERE j.hidden),
+           min(j.relation) FILTER (WHERE j.hidden)
       FROM judged j
 $$;
 
@@ -417,9 +419,9 @@ BEGIN
             hold := (
                 entry.hold_id, entry.account_id, coalesce(hold.state, 'new'), coalesce(hold.amount, 0),
                 coalesce(hold.key_id, entry.key_id), coalesce(hold.worker_id, entry.worker_id), entry.price_version,
-                entry.model, entry.variant, hold.quote, hold.fingerprint, hold.mark, coalesce(hold.opened_at, at), charge,
-                overrun, 0, _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7], entry.usage_source, cap,
-                _endings[entry.term], entry.note, entry.fingerprint, at
+                entry.model, entry.variant, hold.quote, hold.fingerprint, hold.mark, coalesce(hold.opened_at, at),
+                charge, overrun, 0, _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7],
+                entry.usage_source, cap, _endings[entry.term], entry.note, entry.fingerprint, at
             )::farebox.holds;
             IF hold.state = 'new' THEN
                 hold.state := 'final';
@@ -433,8 +435,8 @@ BEGIN
             -- A tombstone, so that its reserve, arriving late, holds nothing.
             outcome := 'released';
             hold := (
-                entry.hold_id, entry.account_id, 'released', 0, NULL, entry.worker_id, NULL, NULL, NULL, NULL, NULL, NULL,
-                at, 0, 0, 0, NULL, NULL, NULL, 'released', NULL, NULL, at
+                entry.hold_id, entry.account_id, 'released', 0, NULL, entry.worker_id, NULL, NULL, NULL, NULL, NULL,
+                NULL, at, 0, 0, 0, NULL, NULL, NULL, 'released', NULL, NULL, at
             )::farebox.holds;
             new_holds := new_holds || hold;
 
@@ -570,7 +572,8 @@ BEGIN
     INSERT INTO farebox.api_keys (
         id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at
     ) VALUES (
-        _id, _account_id, _id, _name, _secret_hmac, _pepper_version, _scopes, _models, _profile, _affordable_cap, _expires_at
+        _id, _account_id, _id, _name, _secret_hmac, _pepper_version, _scopes, _models, _profile, _affordable_cap,
+        _expires_at
     ) ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         RETURN farebox.known_key(_id, _account_id, _secret_hmac, NULL);
@@ -796,7 +799,8 @@ $$;
 CREATE FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) RETURNS text
     LANGUAGE sql
     AS $$
-    SELECT CASE WHEN (k.account_id, k.secret_hmac, k.rotated_from) IS NOT DISTINCT FROM (_account_id, _secret_hmac, _rotated_from)
+    SELECT CASE WHEN (k.account_id, k.secret_hmac, k.rotated_from)
+                     IS NOT DISTINCT FROM (_account_id, _secret_hmac, _rotated_from)
                 THEN 'done' ELSE 'conflict' END
       FROM farebox.api_keys k
      WHERE k.id = _id
@@ -891,7 +895,8 @@ CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
     LANGUAGE sql
     AS $$
     SELECT a.id, a.balance, a.held, a.debt, a.version,
-           EXISTS (SELECT FROM farebox.spend_limits s WHERE s.account_id = a.id), NULL::text, 0::bigint, 0::bigint, 0::bigint
+           EXISTS (SELECT FROM farebox.spend_limits s WHERE s.account_id = a.id),
+           NULL::text, 0::bigint, 0::bigint, 0::bigint
       FROM farebox.accounts a
      WHERE a.id = _account_id
 $$;
@@ -930,7 +935,8 @@ CREATE FUNCTION farebox.refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME USING ERRCODE = '55000';
+    RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME
+        USING ERRCODE = '55000';
 END
 $$;
 
@@ -1018,8 +1024,8 @@ BEGIN
         id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at,
         rotated_from
     ) VALUES (
-        _new_id, key.account_id, key.family, key.name, _secret_hmac, _pepper_version, key.scopes, key.models, key.profile,
-        key.affordable_cap, key.expires_at, key.id
+        _new_id, key.account_id, key.family, key.name, _secret_hmac, _pepper_version, key.scopes, key.models,
+        key.profile, key.affordable_cap, key.expires_at, key.id
     ) ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         RETURN farebox.known_key(_new_id, key.account_id, _secret_hmac, _id);
@@ -1184,8 +1190,8 @@ BEGIN
         account_id, version, kind, account_side, system_account, amount, balance_after, debt_after,
         hold_id, reference, actor, reason, created_at
     )
-    SELECT m.account_id, m.version - t.later, t.kind, t.side, t.system_account, t.amount, m.balance + t.owned, m.debt + t.owed,
-           m.hold_id, CASE t.kind WHEN m.kind THEN m.reference END, m.actor, m.reason, _at
+    SELECT m.account_id, m.version - t.later, t.kind, t.side, t.system_account, t.amount, m.balance + t.owned,
+           m.debt + t.owed, m.hold_id, CASE t.kind WHEN m.kind THEN m.reference END, m.actor, m.reason, _at
       FROM unnest(_moves) AS m,
            -- later, owned, owed: what came after, taken back out of the version, the balance and the debt.
            LATERAL (VALUES

@@ -3,7 +3,8 @@
 CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
 LANGUAGE sql AS $$
     SELECT a.id, a.balance, a.held, a.debt, a.version,
-           EXISTS (SELECT FROM farebox.spend_limits s WHERE s.account_id = a.id), NULL::text, 0::bigint, 0::bigint, 0::bigint
+           EXISTS (SELECT FROM farebox.spend_limits s WHERE s.account_id = a.id),
+           NULL::text, 0::bigint, 0::bigint, 0::bigint
       FROM farebox.accounts a
      WHERE a.id = _account_id
 $$;
@@ -40,7 +41,8 @@ $$;
 -- Writes down what was decided: the only statements that write accounts, transfers and the ends of holds.
 -- Moves stand in their order; a purse that stands for its account is the last state of it.
 CREATE FUNCTION farebox.write_down(
-    _purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[], _at timestamptz
+    _purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[],
+    _at timestamptz
 ) RETURNS void
 LANGUAGE plpgsql
 -- One plan whatever the tables' size: each row by its key. Planned while a table was empty, it must never scan it.
@@ -61,8 +63,8 @@ BEGIN
         account_id, version, kind, account_side, system_account, amount, balance_after, debt_after,
         hold_id, reference, actor, reason, created_at
     )
-    SELECT m.account_id, m.version - t.later, t.kind, t.side, t.system_account, t.amount, m.balance + t.owned, m.debt + t.owed,
-           m.hold_id, CASE t.kind WHEN m.kind THEN m.reference END, m.actor, m.reason, _at
+    SELECT m.account_id, m.version - t.later, t.kind, t.side, t.system_account, t.amount, m.balance + t.owned,
+           m.debt + t.owed, m.hold_id, CASE t.kind WHEN m.kind THEN m.reference END, m.actor, m.reason, _at
       FROM unnest(_moves) AS m,
            -- later, owned, owed: what came after, taken back out of the version, the balance and the debt.
            LATERAL (VALUES
@@ -98,7 +100,7 @@ LANGUAGE sql AS $$
      WHERE k.id = _key_id AND s.family = k.family
 $$;
 
--- Ends a hold with _charge in all: one that is open (_amount), provisional (_charged before), or was never seen (no state).
+-- Ends a hold with _charge in all: one that is open (_amount), provisional (_charged before), or never seen (no state).
 CREATE FUNCTION farebox.settled(
     INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint
 )

@@ -27,13 +27,14 @@ BEGIN
 END
 $$;
 
--- Reserves, then finalizes, then releases (the rest), one element a row in each array; _key_versions and _at_leasts for the
--- reserves only, _usages with seven numbers for each finalize. What many rows share stands once: _terms says which element
--- of the arrays from _worker_ids on is the row's. Results in any order, told apart by row_number (1..n as given).
+-- Reserves, then finalizes, then releases (the rest), one element a row in each array; _key_versions and _at_leasts for
+-- the reserves only, _usages with seven numbers for each finalize. What many rows share stands once: _terms says which
+-- element of the arrays from _worker_ids on is the row's. Results in any order, told apart by row_number (1..n as given).
 --
--- In effect row by row: finalizes and releases first, so that what they give back can be held again, and reserves last. An
--- account's rows are decided one after the other in memory, which carries the purse and the hold in hand from one to the
--- next, and then written by set. Rows of one hold come together, which changes nothing: to say a thing again moves nothing.
+-- In effect row by row: finalizes and releases first, so that what they give back can be held again, and reserves last.
+-- An account's rows are decided one after the other in memory, which carries the purse and the hold in hand from one to
+-- the next, and then written by set. Rows of one hold come together; nothing changes by that, since to say a thing again
+-- moves nothing.
 CREATE FUNCTION farebox.batch(
     _reserves integer, _finalizes integer,
     _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[],
@@ -164,9 +165,9 @@ BEGIN
             hold := (
                 entry.hold_id, entry.account_id, coalesce(hold.state, 'new'), coalesce(hold.amount, 0),
                 coalesce(hold.key_id, entry.key_id), coalesce(hold.worker_id, entry.worker_id), entry.price_version,
-                entry.model, entry.variant, hold.quote, hold.fingerprint, hold.mark, coalesce(hold.opened_at, at), charge,
-                overrun, 0, _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7], entry.usage_source, cap,
-                _endings[entry.term], entry.note, entry.fingerprint, at
+                entry.model, entry.variant, hold.quote, hold.fingerprint, hold.mark, coalesce(hold.opened_at, at),
+                charge, overrun, 0, _usages[(entry.n - _reserves) * 7 - 6 : (entry.n - _reserves) * 7],
+                entry.usage_source, cap, _endings[entry.term], entry.note, entry.fingerprint, at
             )::farebox.holds;
             IF hold.state = 'new' THEN
                 hold.state := 'final';
@@ -180,8 +181,8 @@ BEGIN
             -- A tombstone, so that its reserve, arriving late, holds nothing.
             outcome := 'released';
             hold := (
-                entry.hold_id, entry.account_id, 'released', 0, NULL, entry.worker_id, NULL, NULL, NULL, NULL, NULL, NULL,
-                at, 0, 0, 0, NULL, NULL, NULL, 'released', NULL, NULL, at
+                entry.hold_id, entry.account_id, 'released', 0, NULL, entry.worker_id, NULL, NULL, NULL, NULL, NULL,
+                NULL, at, 0, 0, 0, NULL, NULL, NULL, 'released', NULL, NULL, at
             )::farebox.holds;
             new_holds := new_holds || hold;
 

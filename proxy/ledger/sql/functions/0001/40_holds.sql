@@ -107,8 +107,8 @@ BEGIN
 END
 $$;
 
--- Settles open holds whose worker's lease has lapsed, whatever their age, provisionally and at their last progress mark.
--- One sweeper at a time; at most _limit holds; an account or a worker that somebody has locked is left for the next sweep.
+-- Settles open holds whose worker's lease has lapsed, whatever their age, provisionally and at their last progress
+-- mark. One sweeper at a time; at most _limit holds; what somebody has locked is left for the next sweep.
 -- While Postgres has run for less than _restart_grace nothing is swept: after a restart every lease is stale at once.
 CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval)
 RETURNS TABLE (hold_id uuid, account_id uuid, charge bigint)

@@ -47,7 +47,8 @@ $$;
 -- An id that is taken already: 'done' where it is this very key, made by an earlier call whose reply was lost.
 CREATE FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) RETURNS text
 LANGUAGE sql AS $$
-    SELECT CASE WHEN (k.account_id, k.secret_hmac, k.rotated_from) IS NOT DISTINCT FROM (_account_id, _secret_hmac, _rotated_from)
+    SELECT CASE WHEN (k.account_id, k.secret_hmac, k.rotated_from)
+                     IS NOT DISTINCT FROM (_account_id, _secret_hmac, _rotated_from)
                 THEN 'done' ELSE 'conflict' END
       FROM farebox.api_keys k
      WHERE k.id = _id
@@ -66,7 +67,8 @@ BEGIN
     INSERT INTO farebox.api_keys (
         id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at
     ) VALUES (
-        _id, _account_id, _id, _name, _secret_hmac, _pepper_version, _scopes, _models, _profile, _affordable_cap, _expires_at
+        _id, _account_id, _id, _name, _secret_hmac, _pepper_version, _scopes, _models, _profile, _affordable_cap,
+        _expires_at
     ) ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         RETURN farebox.known_key(_id, _account_id, _secret_hmac, NULL);
@@ -76,7 +78,7 @@ BEGIN
 END
 $$;
 
--- Locks the key's account first, as every change of a key does: a reserve that waits for the account then sees the change.
+-- Locks the key's account first, as every change of a key does: a reserve that waits for the account sees the change.
 CREATE FUNCTION farebox.lock_key(_id text) RETURNS farebox.api_keys
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -147,8 +149,8 @@ BEGIN
         id, account_id, family, name, secret_hmac, pepper_version, scopes, models, profile, affordable_cap, expires_at,
         rotated_from
     ) VALUES (
-        _new_id, key.account_id, key.family, key.name, _secret_hmac, _pepper_version, key.scopes, key.models, key.profile,
-        key.affordable_cap, key.expires_at, key.id
+        _new_id, key.account_id, key.family, key.name, _secret_hmac, _pepper_version, key.scopes, key.models,
+        key.profile, key.affordable_cap, key.expires_at, key.id
     ) ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         RETURN farebox.known_key(_new_id, key.account_id, _secret_hmac, _id);

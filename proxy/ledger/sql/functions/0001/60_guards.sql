@@ -3,7 +3,8 @@
 CREATE FUNCTION farebox.refuse_change() RETURNS trigger
 LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME USING ERRCODE = '55000';
+    RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME
+        USING ERRCODE = '55000';
 END
 $$;
 

@@ -26,8 +26,9 @@ LANGUAGE sql STABLE AS $$
                a.debt IS NOT DISTINCT FROM coalesce(b.debt, 0) AS debt,
                a.version IS NOT DISTINCT FROM coalesce(b.last, 0)
                    AND coalesce(b.first, 1) = 1 AND coalesce(b.transfers, 0) = coalesce(b.last, 0) AS versions,
-               coalesce(a.held >= 0 AND a.balance >= a.held AND a.debt >= 0 AND (a.debt = 0 OR a.balance = a.held), false)
-                   AS limits
+               coalesce(
+                   a.held >= 0 AND a.balance >= a.held AND a.debt >= 0 AND (a.debt = 0 OR a.balance = a.held), false
+               ) AS limits
           FROM farebox.accounts a
           FULL JOIN book b ON b.account_id = a.id
           FULL JOIN open o ON o.account_id = coalesce(a.id, b.account_id)
@@ -129,7 +130,7 @@ LANGUAGE sql STABLE AS $$
       FROM judged j
 $$;
 
--- A charge is what its usage costs at its price, to the microcredit. One that was capped says why, and is no more than that;
+-- A charge is what its usage costs at its price, to the microcredit. One that was capped says why, and is less than that;
 -- one without usage is nothing. What we counted ourselves never exceeds a hold that was seen.
 CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
 LANGUAGE sql STABLE AS $$
@@ -229,12 +230,14 @@ LANGUAGE sql STABLE AS $$
         SELECT c.*, c.rows = 0 AND pg_stat_get_live_tuples(('farebox.' || c.relation)::regclass) > 0 AS hidden
           FROM counted c
     )
-    SELECT 'rows_are_visible', sum(j.rows)::bigint, count(*) FILTER (WHERE j.hidden), min(j.relation) FILTER (WHERE j.hidden)
+    SELECT 'rows_are_visible', sum(j.rows)::bigint, count(*) FILTER (WHERE j.hidden),
+           min(j.relation) FILTER (WHERE j.hidden)
       FROM judged j
 $$;
 
 CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off SET work_mem = '64MB' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off SET work_mem = '64MB'
+AS $$
 BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_visibility();
     RETURN QUERY SELECT * FROM farebox.audit_accounts();

@@ -1,4 +1,4 @@
--- Who may do what. Group roles; a login gets them by `farebox migrate --grant-to`. Whatever isn't named here is the owner's.
+-- Who may do what. Group roles; a login gets them by `farebox migrate --grant-to`. What isn't named here is the owner's.
 REVOKE ALL ON SCHEMA farebox FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA farebox FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA farebox FROM PUBLIC;
@@ -21,8 +21,8 @@ GRANT SELECT ON
     farebox.holds, farebox.transfers, farebox.schema_migrations
 TO farebox_control;
 
--- Self-service: an account's own rows, by row-level security; prices are the same for all. ENABLE, not FORCE: the owner's functions and its audit
--- must see every row.
+-- Self-service: an account's own rows, by row-level security; prices are the same for all. ENABLE, not FORCE: the
+-- owner's functions and its audit must see every row.
 GRANT SELECT ON farebox.accounts, farebox.holds, farebox.transfers, farebox.prices TO farebox_reader;
 ALTER TABLE farebox.accounts ENABLE ROW LEVEL SECURITY;
 ALTER TABLE farebox.holds ENABLE ROW LEVEL SECURITY;
