@@ -14,6 +14,8 @@ from proxy.core.usage_report import Reported
 
 __all__ = ["Reckoning", "needs_count", "reckon"]
 
+COUNTED_ABOVE_BOUND = "counted_above_bound"
+
 
 @dataclass(frozen=True, slots=True)
 class Reckoning:
@@ -29,25 +31,26 @@ def needs_count(meter: Meter, quirks: Quirks) -> bool:
     return meter.usage(quirks) is None and (meter.delivered or meter.reported(quirks) is not None)
 
 
-def reckon(
-    meter: Meter, quirks: Quirks, *, counted_input: int, counted_output: int, bounds: Bounds | None = None
-) -> Reckoning:
+def reckon(meter: Meter, quirks: Quirks, *, counted_input: int, counted_output: int, bounds: Bounds) -> Reckoning:
     """What an answer used. The counted figures are tokens (``core/bounds.py``'s estimates), unused where a report does.
 
-    What is counted stays within ``bounds``, so that a counted charge never exceeds its quote. Where neither a report
-    nor any text came, usage is zero and its source ``none``.
+    What is counted stays within ``bounds``, so that a counted charge never exceeds its quote; the flag
+    ``counted_above_bound`` says where it was cut. Where neither a report nor any text came, usage is zero and its
+    source ``none``.
     """
-    if bounds is not None:
-        counted_input = min(counted_input, bounds.input)
-        counted_output = min(counted_output, bounds.output)
+    above = counted_input > bounds.input or counted_output > bounds.output
+    cut = (COUNTED_ABOVE_BOUND,) if above else ()
+    counted_input = min(counted_input, bounds.input)
+    counted_output = min(counted_output, bounds.output)
     reported = meter.reported(quirks)
     whole = meter.usage(quirks)
     if reported is not None and whole is not None:
         return Reckoning(whole, "reported", reported.flags)
     if reported is not None:
-        return Reckoning(_completed(reported, counted_input, counted_output), "partly_counted", reported.flags)
+        usage = _completed(reported, counted_input, counted_output)
+        return Reckoning(usage, "partly_counted", (*reported.flags, *cut))
     if meter.delivered:
-        return Reckoning(Usage(input=counted_input, output=counted_output), "counted")
+        return Reckoning(Usage(input=counted_input, output=counted_output), "counted", cut)
     return Reckoning(Usage(), "none")
 
 

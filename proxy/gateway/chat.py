@@ -17,7 +17,7 @@ from uuid import UUID
 import structlog
 
 from proxy.core.bounds import byte_bound, input_bound, input_estimate, output_bound, output_estimate
-from proxy.core.catalog import CatalogHolder, PricedOptions, Route, Variant
+from proxy.core.catalog import CatalogHolder, Route, Variant
 from proxy.core.chat import ChatRequest
 from proxy.core.meter import Meter
 from proxy.core.money import AMOUNT_MAX, format_credits
@@ -169,7 +169,7 @@ class Chat:
         """The route, its price, and the most that the call can cost."""
         catalog = self._catalog.current
         route = catalog.route(request.model)
-        variant = route.variant_for(_priced_options(request))
+        variant = route.variant_for(request.priced_options)
         counted = await self._counter.count(request.texts)
         if counted is None:
             most_in = byte_bound(route.family, request, route.upstream_model)
@@ -242,6 +242,7 @@ class Chat:
             variant=plan.variant,
             price_version=plan.price_version,
             bounds=cap.bounds,
+            output_possible=max(plan.bounds.output, _most_out(plan.route.output_tokens_max, request)),
             granted=reserved.granted,
             stream=request.stream,
             cap_sent=cap.tokens,
@@ -312,17 +313,6 @@ class Chat:
         if exchange.sent_at is not None and exchange.first_byte_at is not None and client.first_sent_at is not None:
             added = exchange.sent_at - arrived + client.first_sent_at - exchange.first_byte_at
             self._metrics.first_byte_added(added)
-
-
-def _priced_options(request: ChatRequest) -> PricedOptions:
-    options = request.options
-    return PricedOptions(
-        service_tier=options.service_tier,
-        web_search=options.web_search is not None,
-        hosted_tools=bool(options.hosted_tools),
-        audio=request.audio_in or request.audio_out,
-        store=options.store,
-    )
 
 
 def _most_out(cap: int, request: ChatRequest) -> int:

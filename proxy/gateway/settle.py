@@ -9,15 +9,16 @@ Rules of the charge:
 
 - what the upstream reported is charged; what it didn't is counted on the joined text of each choice;
 - an answer of which nothing came through is free where that isn't the client's doing;
-- a counted charge never exceeds the hold; a reported one may, but above four times the bound it isn't believed: the
-  hold is charged and the answer is flagged.
+- a counted charge never exceeds the hold; a reported one may, but above four times what is possible it isn't believed:
+  the hold is charged and the answer is flagged. Possible is what the model can say, not what the client's cap allows:
+  some servers know one name of the cap and ignore the other, and a cap of one token would buy a whole answer.
 """
 
 import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 from uuid import UUID
@@ -37,8 +38,8 @@ __all__ = ["Ending", "Exchange", "Settler", "Ticket"]
 
 log = structlog.get_logger("farebox.settle")
 
-# Reported usage above this many times the bound isn't believed.
-BELIEVED_TIMES_BOUND = 4
+# Reported usage above this many times what is possible isn't believed.
+BELIEVED_TIMES_POSSIBLE = 4
 # No provider's answer takes longer; a stream that does is stuck.
 EXCHANGE_SECONDS_MAX = 7_200.0
 TICK_SECONDS = 1.0
@@ -103,6 +104,8 @@ class Ticket:
     variant: Variant
     price_version: str
     bounds: Bounds
+    output_possible: int
+    """The most output tokens, over all choices, were the client's own cap ignored."""
     granted: int
     stream: bool
     cap_sent: int | None
@@ -142,6 +145,8 @@ class Due:
     usage: Usage
     source: UsageSource
     capped: str | None
+    flags: tuple[str, ...] = ()
+    """What was odd about the report or the count."""
 
 
 class Settler:
@@ -323,10 +328,10 @@ async def _due(exchange: Exchange) -> Due | None:
         prompt, _ = await ticket.count(None)
         return _counted(ticket, Usage(input=prompt), "counted")
     prompt, said = await ticket.count(meter) if needs_count(meter, quirks) else (0, 0)
-    found = reckon(meter, quirks, counted_input=prompt, counted_output=said)
-    if found.source == "reported":
-        return _reported(ticket, found.usage)
-    return _counted(ticket, found.usage, found.source)
+    found = reckon(meter, quirks, counted_input=prompt, counted_output=said, bounds=ticket.bounds)
+    reported = found.source == "reported"
+    due = _reported(ticket, found.usage) if reported else _counted(ticket, found.usage, found.source)
+    return replace(due, flags=found.flags)
 
 
 def _counted(ticket: Ticket, usage: Usage, source: UsageSource) -> Due:
@@ -338,8 +343,8 @@ def _reported(ticket: Ticket, usage: Usage) -> Due:
     cost = charge(ticket.variant.price, usage)
     tokens_in = usage.input + usage.cached_input + usage.cache_write + usage.audio_input
     tokens_out = usage.output + usage.reasoning + usage.audio_output
-    times = BELIEVED_TIMES_BOUND
-    believed = tokens_in <= times * ticket.bounds.input and tokens_out <= times * ticket.bounds.output
+    times = BELIEVED_TIMES_POSSIBLE
+    believed = tokens_in <= times * ticket.bounds.input and tokens_out <= times * ticket.output_possible
     if believed or cost <= ticket.granted:
         return Due(cost, usage, "reported", None)
     return Due(ticket.granted, usage, "reported", IMPLAUSIBLE)
@@ -383,6 +388,7 @@ def _receipt(exchange: Exchange, due: Due) -> dict[str, Any]:
         "finish_reasons": [] if meter is None else meter.finish_reasons,
         "cap_sent": ticket.cap_sent,
         "capped": due.capped,
+        "usage_flags": due.flags,
         "seconds_to_first_byte": _between(exchange.sent_at, exchange.first_byte_at),
     }
 

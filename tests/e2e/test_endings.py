@@ -274,6 +274,15 @@ async def test_a_usage_far_above_its_bound_is_not_believed(customer: Customer, u
     assert (hold["charge"], hold["capped"]) == (hold["amount"], "implausible_usage")
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_a_cap_that_the_upstream_ignores_buys_nothing(
+    customer: Customer, upstream: ScriptedUpstream, name: str
+) -> None:
+    upstream.will(*stream(chunk("word " * 900), chunk(finish="stop"), usage_chunk(10, 900), DONE))
+    await read_all(customer, **{name: 1})
+    assert await ended(customer) == (10 * 1000 + 900 * 3000, "reported", "complete")
+
+
 async def test_a_usage_above_the_hold_is_charged(customer: Customer, upstream: ScriptedUpstream) -> None:
     upstream.will(*stream(*CHUNKS[:6], usage_chunk(10, 150), DONE))
     await read_all(customer, max_tokens=50)

@@ -85,6 +85,7 @@ def ticket(*, granted: int = 1_000, count: Callable[[Meter | None], Awaitable[tu
         variant=variant,
         price_version="0" * 64,
         bounds=Bounds(input=20, output=50),
+        output_possible=50,
         granted=granted,
         stream=True,
         cap_sent=None,
