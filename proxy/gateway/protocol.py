@@ -38,19 +38,37 @@ class GuardedProtocol(HttpToolsProtocol):
         self._limits = limits
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._beside_body = 0
+        """Bytes since the last one of a body: what chunks are wrapped in, trailers, blank lines."""
         self._in_head = False
+        self._beside_body = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect()
 
     def data_received(self, data: bytes) -> None:
+        self._beside_body += len(data)
         super().data_received(data)
-        if not self._in_head:
-            return
-        self._head_bytes += len(data)
-        if self._head_bytes > self._limits.header_bytes_max + _REQUEST_LINE_BYTES_MAX:
-            self._refuse_head()
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._limits.header_bytes_max + _REQUEST_LINE_BYTES_MAX:
+                self._refuse_head()
+        elif self._beside_body > self._limits.header_bytes_max + _REQUEST_LINE_BYTES_MAX:
+            self._reset()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Later ones are the trailers of a chunked body: nobody asks for them, and they may not pass for headers.
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._beside_body = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._beside_body = 0
+        super().on_message_complete()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -91,7 +109,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._deadline = None
-        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._reset()  # it hasn't read its last answer, and closing would wait for that
+        else:
+            self.transport.close()
 
     def _refuse_head(self) -> None:
         if self.transport.is_closing():

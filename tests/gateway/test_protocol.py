@@ -174,6 +174,47 @@ async def test_an_endless_header_is_cut_off_by_size(port: int) -> None:
         assert sent < 1_000_000
 
 
+@pytest.mark.parametrize("path", [b"/ ", b"/early "])
+@pytest.mark.parametrize(
+    ("start", "more"), [(b"0\r\n", b"x: " + b"y" * 995 + b"\r\n"), (b"0\r\nx: ", b"y" * 1000), (b"1;", b"y" * 1000)]
+)
+async def test_what_is_wrapped_around_a_body_has_an_end(port: int, path: bytes, start: bytes, more: bytes) -> None:
+    async with connected(port) as client:
+        await client.send(REQUEST.replace(b"/ ", path) + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n" + start)
+        sent = 0
+        try:
+            while sent < 10_000_000:
+                await client.send(more * 20)
+                sent += 20_000
+                await asyncio.sleep(0)
+        except ConnectionError:
+            pass
+        assert sent < 5_000_000
+
+
+async def test_trailers_are_no_headers(port: int) -> None:
+    trailers = b"".join(b"x-%d: y\r\n" % i for i in range(100))
+    async with connected(port) as client:
+        await client.send(REQUEST + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n" + trailers + b"\r\n")
+        assert await client.answer() == b'{"length": 1}'
+
+
+async def test_an_answer_that_is_not_read_does_not_keep_the_connection() -> None:
+    class Large(Echo):
+        async def __call__(self, _scope: MutableMapping[str, Any], _receive: Any, send: Any) -> None:
+            await send_json(send, 200, ["x" * 8_000_000], [])
+            self.left += 1
+
+    app = Large(LIMITS)
+    async with serving(app) as port, connected(port) as client:
+        await client.send(REQUEST + b"content-length: 0\r\n\r\n")
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await asyncio.sleep(3 * LIMITS.receive_seconds)
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert app.left == 1
+        assert len(await client.rest()) < 8_000_000
+
+
 async def test_headers_above_the_limit_in_one_piece_are_a_readable_400(port: int) -> None:
     async with connected(port) as client:
         await client.send(REQUEST + b"x-padding: " + b"x" * 5000 + b"\r\ncontent-length: 0\r\n\r\n")
