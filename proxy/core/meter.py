@@ -198,9 +198,9 @@ class Meter:
     @property
     def usage_final(self) -> bool:
         """Whether the last report covers the whole answer, not just what had come when it was sent (a running one)."""
-        if self.usage_raw is None:
+        if self.usage_raw is None or self._usage_chars != self.text_chars:
             return False
-        return (self._usage_at_end and self._usage_chars == self.text_chars) or self.ending is Ending.COMPLETE
+        return self._usage_at_end or self.ending is Ending.COMPLETE
 
     @property
     def finish_reasons(self) -> list[str]:

@@ -19,7 +19,7 @@ from proxy.core.errors import MethodNotAllowed, NotFound, Refusal
 from proxy.gateway.headers import Headers
 from proxy.gateway.ids import new_request_id
 from proxy.logs import RequestLine, log_request
-from proxy.metrics import Metrics
+from proxy.metrics import ROUTES, Metrics
 
 __all__ = ["App", "Call", "Front", "Message", "Receive", "Scope", "Send", "canonical_path", "send_json"]
 
@@ -213,11 +213,13 @@ def _refusal(scope: Scope, error: HTTPException) -> Refusal:
 
 
 def _route_of(path: str) -> str:
-    """The metric's word for a path."""
+    """The metric's and the log's word for a path. Never a client's own: it could be a key, or a page of a prompt."""
     first, second = _segments(path)
     if first == "v1":
-        return second if path != CHAT_PATH else "chat"
-    return "health" if first in ("healthz", "readyz") else first
+        route = second if path != CHAT_PATH else "chat"
+    else:
+        route = "health" if first in ("healthz", "readyz") else first
+    return route if route in ROUTES else "other"
 
 
 def _segments(path: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ said that it was done ends in an error event and a broken socket.
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
@@ -170,7 +171,7 @@ class Pump:
         exchange.upstream_request_id = _text(headers, b"x-upstream-request-id")
         if not 200 <= answer.status < 300:
             await self._refuse(answer, headers)
-        elif _text(answer.headers, b"content-encoding") not in (None, "", "identity"):
+        elif _is_encoded(answer):
             exchange.close(Ending.UPSTREAM_REFUSED)
             self.channel.fail(_upstream_error("upstream_encoded", "The upstream sent a compressed answer unasked."))
         else:
@@ -205,8 +206,9 @@ class Pump:
 
     async def _pass_on(self, decoder: Decoder, chunk: bytes) -> None:
         data = decoder.feed(chunk)
-        if decoder.meter.done:
-            # Before the client sees it: some clients close at [DONE], and then ask for their balance.
+        if decoder.meter.done and decoder.meter.usage_final:
+            # Before the client sees it: some clients close at [DONE], and then ask for their balance. Where no report
+            # has come yet, one may still come behind the end mark.
             self._close(_STREAM_ENDINGS[decoder.meter.ending])
         if data:
             await self.channel.put(data)
@@ -217,7 +219,7 @@ class Pump:
             async with asyncio.timeout(TAIL_SECONDS):
                 async for chunk in chunks:
                     await self._pass_on(decoder, chunk)
-        except (TimeoutError, UpstreamFault) as error:
+        except (TimeoutError, UpstreamFault, AnswerTooLarge) as error:
             log.debug("upstream kept open after the end", upstream=self._order.upstream.name, reason=str(error))
 
     async def _read_body(self, head: Head, chunks: AsyncIterator[bytes]) -> None:
@@ -225,7 +227,11 @@ class Pump:
         body = await self._read_all(chunks, BODY_BYTES_MAX)
         meter = self._exchange.meter = self._order.dialect.decode_body(body, choices=self._order.choices)
         self._close(_BODY_ENDINGS[meter.ending])
-        self._pass_whole(head, body)
+        if meter.ending is AnswerEnding.EMPTY:
+            # It costs nothing, so it may not be an answer that only we failed to read.
+            self.channel.fail(_upstream_error("upstream_unreadable", "The upstream's answer can't be read."))
+        else:
+            self._pass_whole(head, body)
 
     def _pass_whole(self, head: Head, body: bytes) -> None:
         self.channel.start(Head(head.status, [*head.headers, (b"content-length", str(len(body)).encode())]))
@@ -234,11 +240,7 @@ class Pump:
 
     async def _refuse(self, answer: Answer, headers: Headers) -> None:
         """An answer that isn't a success. The hold is given back before the client reads why."""
-        try:
-            body = await self._read_all(answer.chunks(), ERROR_BYTES_MAX)
-        except (UpstreamFault, AnswerTooLarge) as error:
-            log.warning("upstream's error can't be read", upstream=self._order.upstream.name, reason=str(error))
-            body = b""
+        body = await self._read_error(answer)
         self._close(Ending.UPSTREAM_REFUSED)
         refusal = _operators_trouble(answer.status, body)
         if refusal is not None:
@@ -252,7 +254,19 @@ class Pump:
             return
         if self._order.secret:
             body = body.replace(self._order.secret.encode(), b"[redacted]")
-        self._pass_whole(Head(answer.status, headers), body)
+        self._pass_whole(Head(answer.status, headers), _OPERATORS_IDS.sub(rb"\1[redacted]", body))
+
+    async def _read_error(self, answer: Answer) -> bytes:
+        """The body of a refusal; one of our own where that can't be read."""
+        try:
+            if not _is_encoded(answer):
+                return await self._read_all(answer.chunks(), ERROR_BYTES_MAX)
+            reason = "it is encoded"
+        except (UpstreamFault, AnswerTooLarge) as error:
+            reason = str(error)
+        log.warning("upstream's error can't be read", upstream=self._order.upstream.name, reason=reason)
+        message = f"The upstream refused with status {answer.status}, and its reason can't be read."
+        return json.dumps(_upstream_error("upstream_unreadable", message).body()).encode()
 
     async def _read_all(self, chunks: AsyncIterator[bytes], bytes_max: int) -> bytes:
         """Everything, in one piece. Raises AnswerTooLarge."""
@@ -275,13 +289,19 @@ def _operators_trouble(status: int, body: bytes) -> Refusal | None:
     """
     if status == 429 and not _is_quota(body):
         return None
-    return _upstream_error(*_OPERATORS[status], retry=False) if status in _OPERATORS else _redirect(status)
+    return _upstream_error(*_OPERATORS[status], retry=False) if status in _OPERATORS else _no_error(status)
 
 
-def _redirect(status: int) -> Refusal | None:
+def _no_error(status: int) -> Refusal | None:
     if status < 400:
         return _upstream_error("upstream_redirect", "The upstream answered with a redirect, which isn't followed.")
+    if status > 599:
+        return _upstream_error("upstream_status", f"The upstream answered with status {status}, which HTTP hasn't.")
     return None
+
+
+def _is_encoded(answer: Answer) -> bool:
+    return _text(answer.headers, b"content-encoding") not in (None, "", "identity")
 
 
 def _is_quota(body: bytes) -> bool:
@@ -313,6 +333,9 @@ def _refusal(ending: Ending) -> Refusal:
     kind, code, message = _TOLD[ending]
     return kind(message, code=code)
 
+
+# Whose account at the provider pays: rate limit errors tell it.
+_OPERATORS_IDS = re.compile(rb"\b(org-|proj_)[A-Za-z0-9]{6,}")
 
 _CREDENTIALS = ("upstream_credentials", "The upstream refused Farebox's own credentials. Your API key is not at fault.")
 _QUOTA = ("upstream_quota", "The upstream refused: the operator's account there is exhausted. Your credits are not.")

@@ -321,8 +321,7 @@ async def _due(exchange: Exchange) -> Due | None:
     if ending in _FREE:
         return None
     quirks = ticket.route.upstream.quirks
-    nothing_came = meter is None or not (meter.delivered or meter.usage_raw)
-    if meter is None or nothing_came:
+    if meter is None or not (meter.delivered or meter.reported(quirks)):
         if ending not in _CHARGED:
             return None
         prompt, _ = await ticket.count(None)

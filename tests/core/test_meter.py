@@ -40,6 +40,14 @@ class TestUsage:
         assert meter.usage_raw is REPORT
         assert meter.usage_empty_seen == isinstance(nothing, dict)
 
+    def test_a_report_that_text_came_after_is_not_the_whole_answers(self) -> None:
+        """Some report the prompt at the beginning, and the rest only if nothing goes wrong."""
+        first = chunk({"content": "a"}, usage={"prompt_tokens": 10, "completion_tokens": 1})
+        meter = meter_of(first, chunk({"content": "bcd"}), chunk(finish="stop"))
+        assert meter.ending is Ending.COMPLETE
+        assert meter.usage(PLAIN) is None
+        assert not meter.usage_final
+
     def test_groq_reports_in_a_place_of_its_own(self) -> None:
         meter = meter_of(chunk({"content": "a"}), chunk(finish="stop", x_groq={"usage": REPORT}))
         assert meter.usage(PLAIN) == Usage(input=10, output=4)

@@ -274,6 +274,51 @@ async def test_a_usage_far_above_its_bound_is_not_believed(customer: Customer, u
     assert (hold["charge"], hold["capped"]) == (hold["amount"], "implausible_usage")
 
 
+async def test_a_report_behind_the_end_mark_is_charged(customer: Customer, upstream: ScriptedUpstream) -> None:
+    upstream.will(
+        SSE, *(Chunk(piece) for piece in CHUNKS[:6]), Chunk(DONE), Sleep(0.1), Chunk(CHUNKS[6]), Send(b"0\r\n\r\n")
+    )
+    _, clean = await read_all(customer)
+    assert clean
+    assert await ended(customer) == (REPORTED, "reported", "complete")
+
+
+async def test_a_report_at_the_beginning_is_completed_by_counting(
+    customer: Customer, upstream: ScriptedUpstream
+) -> None:
+    first = chunk("", usage={"prompt_tokens": 12, "completion_tokens": 0, "total_tokens": 12})
+    upstream.will(*stream(first, *CHUNKS[:6], DONE))
+    await read_all(customer)
+    assert await ended(customer) == (12 * 1000 + (5 + SAID) * 3000, "partly_counted", "complete")
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b'{"x":' + b"[" * 5000 + b"]" * 5000 + b',"choices":[]}', b"Sure! Here is a poem.", b""]
+)
+async def test_what_cannot_be_read_is_not_given_away(
+    customer: Customer, upstream: ScriptedUpstream, body: bytes
+) -> None:
+    upstream.will(*whole(body))
+    answer = await customer.post()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_unreadable")
+    assert await ended(customer) == (0, None, "released")
+
+
+@pytest.mark.parametrize("status", [600, 999])
+async def test_a_status_that_is_none(customer: Customer, upstream: ScriptedUpstream, status: int) -> None:
+    upstream.will(*whole(chat_answer(), status))
+    answer = await customer.post()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_status")
+    assert await ended(customer) == (0, None, "released")
+
+
+async def test_an_error_that_cannot_be_read(customer: Customer, upstream: ScriptedUpstream) -> None:
+    upstream.will(*whole(b"\x1f\x8b", 400, {"content-encoding": "gzip"}))
+    answer = await customer.post()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "upstream_unreadable")
+    assert await ended(customer) == (0, None, "released")
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 async def test_a_cap_that_the_upstream_ignores_buys_nothing(
     customer: Customer, upstream: ScriptedUpstream, name: str

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import structlog
 
 from tests.e2e.proxy import MESSAGES, Customer, Proxy
 from tests.fakes.upstream import DONE, ScriptedUpstream, chat_answer, chunk, stream, usage_chunk, whole
@@ -152,6 +153,15 @@ async def test_the_operators_trouble_is_not_the_clients(
     assert answer.headers["x-should-retry"] == "false"
 
 
+async def test_whose_account_pays_the_provider_is_not_told(customer: Customer, upstream: ScriptedUpstream) -> None:
+    message = "Rate limit reached for m in organization org-AbCdEf123456, project proj_AbCdEf123456 on tokens per min."
+    upstream.will(*whole({"error": {"message": message, "type": "tokens", "code": "rate_limit_exceeded"}}, 429))
+    answer = await customer.post()
+    assert answer.status_code == 429
+    assert answer.json()["error"]["message"].startswith("Rate limit reached for m in organization org-[redacted],")
+    assert "AbCdEf" not in answer.text
+
+
 async def test_a_redirect_is_not_followed(customer: Customer, upstream: ScriptedUpstream) -> None:
     before = len(upstream.requests)
     upstream.will(*whole(b"", 307, {"location": f"{upstream.base_url}/elsewhere"}))
@@ -264,6 +274,14 @@ async def test_a_key_may_come_in_three_headers(customer: Customer, upstream: Scr
 async def test_no_key_is_asked_for(proxy: Proxy) -> None:
     answer = await proxy.http.post("/chat/completions", json={"model": "m", "messages": MESSAGES})
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "api_key_missing")
+
+
+async def test_a_path_is_not_logged(proxy: Proxy) -> None:
+    with structlog.testing.capture_logs() as lines:
+        await proxy.http.get(f"{root(proxy)}/v1/a-prompt-or-a-key")
+        await proxy.http.get(f"{root(proxy)}/a-prompt-or-a-key")
+    assert [line["route"] for line in lines if line["event"] == "request"] == ["other", "other"]
+    assert "a-prompt" not in str(lines)
 
 
 async def test_health(proxy: Proxy) -> None:

@@ -154,6 +154,12 @@ async def test_a_running_report_is_completed_by_counting(settler: Settler, ledge
     assert (row.usage.input, row.usage.output, row.usage_source) == (10, 2, "partly_counted")
 
 
+async def test_a_report_of_a_total_alone_is_none(settler: Settler, ledger: Ledger) -> None:
+    await settle(settler, Ending.COMPLETE, meter({"choices": [], "usage": {"total_tokens": 500}}))
+    [row] = ledger.finalized
+    assert (row.charge, row.usage_source) == (7, "counted")
+
+
 async def test_a_counted_charge_stays_within_the_hold(settler: Settler, ledger: Ledger) -> None:
     await settle(settler, Ending.COMPLETE, meter(said("Hello")), granted=9)
     [row] = ledger.finalized
