@@ -105,7 +105,7 @@ class Metrics:
         self._open_holds.dec()
 
     def implausible_usage(self) -> None:
-        """An upstream reported more than four times the bound: the hold was charged and the answer wants a look."""
+        """An upstream reported over four times what is possible: the hold was charged, and the answer wants a look."""
         self._implausible.inc()
 
     def holds_expired(self, count: int) -> None:

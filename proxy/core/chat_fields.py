@@ -129,7 +129,8 @@ def _check_range(name: str, value: int | None, largest: int, setting: str) -> No
 
 def _hosted(tools: list[dict[str, Any]]) -> list[str]:
     kinds = [tool.get("type") or ("function" if "function" in tool else "unknown") for tool in tools]
-    return [kind for kind in kinds if kind not in ("function", "custom")]
+    beside = [key for tool in tools for key in tool if _folded(key) in _HOSTED_MEMBERS]
+    return [*(kind for kind in kinds if kind not in ("function", "custom")), *beside]
 
 
 def _text_bytes(value: Any) -> int:
@@ -260,6 +261,7 @@ _UNPRICEABLE: Mapping[str, Callable[[Any], bool]] = {
     "use_beam_search": _off,
     "models": _empty,  # a list of other models to fall back to
     "fallbacks": _empty,
+    "chat_template": _off,  # a program that writes the prompt
     "preset": _off,  # a stored choice of model and options
     "speed": _standard,  # a dearer lane
     "deferred": _off,  # the answer would be fetched later, past the meter
@@ -275,3 +277,7 @@ def _by_folded(*names: str) -> Mapping[str, str]:
 _JUDGED = _by_folded(*_TYPES, *OTHER_CAPS, *_WEB_SEARCH, *_HOSTED_FIELDS, *_UNPRICEABLE, "usage")
 _JUDGED_OPTIONS = _by_folded("include_usage")
 _JUDGED_TOOL = _by_folded("type", "function", "custom")
+# A hosted tool's own member, which may stand beside a function in one object.
+_HOSTED_MEMBERS = _by_folded(
+    "google_search", "google_search_retrieval", "url_context", "code_execution", "web_search", "retrieval", "mcp"
+)

@@ -108,6 +108,14 @@ class TestMalformed:
         assert (refusal.code, refusal.param) == ("duplicate_key", param)
         json.dumps(refusal.body()).encode()
 
+    def test_a_hosted_tool_beside_a_function(self) -> None:
+        tool = {"type": "function", "function": {"name": "f"}, "googleSearch": {}}
+        assert parse(body(tools=[tool])).options.hosted_tools == ("googleSearch",)
+
+    @pytest.mark.parametrize("name", ["preset", "chat_template"])
+    def test_what_stands_for_a_model_or_a_prompt(self, name: str) -> None:
+        assert refused(body(**{name: "x"})).code == "unpriced_option"
+
     def test_many_keys_given_twice_take_no_time(self) -> None:
         keys = ",".join(f'"k{i}":0' for i in range(20_000)).encode()
         assert refused(MINIMAL + b',"x":{' + keys + b',"k19999":1}}').param == "k19999"
