@@ -108,7 +108,7 @@ async def test_two_processes_never_sell_the_same_credit_twice(
         sampling.cancel()
     money = await customer.money()
     assert (money.balance, money.held) == (cost - 1, 0)
-    assert len(samples) > 5
+    assert len(samples) > 2
     assert all(balance - held >= 0 and held >= 0 for balance, held in samples)
     await operator.audit()
 
