@@ -183,6 +183,10 @@ def capture_stdlib(log: FilteringBoundLogger, *, names: Iterable[str] = ("",), l
         logger.propagate = False
 
 
+# How uvicorn calls it when the relay breaks an answer off on purpose; the relay has logged why.
+_MEANT = frozenset({"ASGI callable returned without completing response."})
+
+
 class _Forward(logging.Handler):
     """A standard library handler that hands records on."""
 
@@ -191,6 +195,8 @@ class _Forward(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.msg in _MEANT:
+            return
         try:
             self._log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
         except Exception:  # noqa: BLE001 - as every logging.Handler does: a log line must not end a request

@@ -155,3 +155,11 @@ def test_once_configured_every_module_s_logger_is_guarded(sink: Sink) -> None:
     logging.getLogger("uvicorn.error").error("Bearer CanaryToken")
     assert len(sink.events()) == 3
     assert clean(sink.getvalue())
+
+
+def test_an_answer_that_was_broken_off_on_purpose_is_no_second_error(sink: Sink, stdlib_name: str) -> None:
+    capture_stdlib(make_logger(Redactor(), stream=sink), names=[stdlib_name])
+    uvicorn = logging.getLogger(stdlib_name)
+    uvicorn.error("ASGI callable returned without completing response.")
+    uvicorn.error("ASGI callable returned without starting response.")
+    assert [event["event"] for event in sink.events()] == ["ASGI callable returned without starting response."]
