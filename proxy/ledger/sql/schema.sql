@@ -254,7 +254,8 @@ CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
     WITH costs AS (
         SELECT h.id::text AS id, h.charge,
                -- Ours says to what; the gateway's own reasons don't.
-               CASE h.capped WHEN 'counted_above_hold' THEN h.charge >= h.amount ELSE h.capped IS NOT NULL END AS capped,
+               CASE h.capped WHEN 'counted_above_hold' THEN h.charge >= h.amount ELSE h.capped IS NOT NULL END
+                   AS capped,
                CASE WHEN h.usage IS NULL THEN 0 ELSE farebox.charge_at(p.rates, p.per_request, h.usage) END AS cost,
                h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL OR h.charge <= h.amount AS within_hold
           FROM farebox.holds h
@@ -514,12 +515,20 @@ $$;
 CREATE FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) RETURNS numeric
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
-    SELECT _per_request + div(
-        _rates[1]::numeric * _usage[1] + _rates[2]::numeric * _usage[2] + _rates[3]::numeric * _usage[3]
-        + _rates[4]::numeric * _usage[4] + _rates[5]::numeric * _usage[5] + _rates[6]::numeric * _usage[6]
-        + _rates[7]::numeric * _usage[7] + 999999,
-        1000000
-    )
+    SELECT CASE
+        WHEN 1073741824 > ALL (_rates) AND 1073741824 > ALL (_usage) THEN (
+            _per_request + (
+                _rates[1] * _usage[1] + _rates[2] * _usage[2] + _rates[3] * _usage[3] + _rates[4] * _usage[4]
+                + _rates[5] * _usage[5] + _rates[6] * _usage[6] + _rates[7] * _usage[7] + 999999
+            ) / 1000000
+        )::numeric
+        ELSE _per_request + div(
+            _rates[1]::numeric * _usage[1] + _rates[2]::numeric * _usage[2] + _rates[3]::numeric * _usage[3]
+            + _rates[4]::numeric * _usage[4] + _rates[5]::numeric * _usage[5] + _rates[6]::numeric * _usage[6]
+            + _rates[7]::numeric * _usage[7] + 999999,
+            1000000
+        )
+    END
 $$;
 
 CREATE FUNCTION farebox.charge_for(_version text, _model text, _variant text, _usage bigint[]) RETURNS numeric

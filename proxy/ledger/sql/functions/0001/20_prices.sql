@@ -1,14 +1,23 @@
 -- Price versions: put once, content-addressed, and what a usage costs under one.
 
--- One rounding, up to the next microcredit. numeric: rate times tokens can leave 64 bits.
+-- One rounding, up to the next microcredit. Seven products of numbers below 2^30 fit 64 bits; larger ones, which are
+-- rare and take longer, go by numeric.
 CREATE FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) RETURNS numeric
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT _per_request + div(
-        _rates[1]::numeric * _usage[1] + _rates[2]::numeric * _usage[2] + _rates[3]::numeric * _usage[3]
-        + _rates[4]::numeric * _usage[4] + _rates[5]::numeric * _usage[5] + _rates[6]::numeric * _usage[6]
-        + _rates[7]::numeric * _usage[7] + 999999,
-        1000000
-    )
+    SELECT CASE
+        WHEN 1073741824 > ALL (_rates) AND 1073741824 > ALL (_usage) THEN (
+            _per_request + (
+                _rates[1] * _usage[1] + _rates[2] * _usage[2] + _rates[3] * _usage[3] + _rates[4] * _usage[4]
+                + _rates[5] * _usage[5] + _rates[6] * _usage[6] + _rates[7] * _usage[7] + 999999
+            ) / 1000000
+        )::numeric
+        ELSE _per_request + div(
+            _rates[1]::numeric * _usage[1] + _rates[2]::numeric * _usage[2] + _rates[3]::numeric * _usage[3]
+            + _rates[4]::numeric * _usage[4] + _rates[5]::numeric * _usage[5] + _rates[6]::numeric * _usage[6]
+            + _rates[7]::numeric * _usage[7] + 999999,
+            1000000
+        )
+    END
 $$;
 
 -- NULL where that version has no such row.

@@ -29,12 +29,12 @@ $$;
 
 -- Reserves, then finalizes, then releases (the rest), one element a row in each array; _key_versions and _at_leasts for
 -- the reserves only, _usages with seven numbers for each finalize. What many rows share stands once: _terms says which
--- element of the arrays from _worker_ids on is the row's. Results in any order, told apart by row_number (1..n as given).
+-- element of the arrays from _worker_ids on is the row's. Results in any order, told apart by row_number (1..n).
 --
 -- In effect row by row: finalizes and releases first, so that what they give back can be held again, and reserves last.
 -- An account's rows are decided one after the other in memory, which carries the purse and the hold in hand from one to
--- the next, and then written by set. Rows of one hold come together; nothing changes by that, since to say a thing again
--- moves nothing.
+-- the next, and then written by set. Rows of one hold come together; nothing changes by that, since to say a thing
+-- again moves nothing.
 CREATE FUNCTION farebox.batch(
     _reserves integer, _finalizes integer,
     _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[],

@@ -130,14 +130,15 @@ LANGUAGE sql STABLE AS $$
       FROM judged j
 $$;
 
--- A charge is what its usage costs at its price, to the microcredit. One that was capped says why, and is less than that;
--- one without usage is nothing. What we counted ourselves never exceeds a hold that was seen.
+-- A charge is what its usage costs at its price, to the microcredit. One that was capped says why, and is less; one
+-- without usage is nothing. What we counted ourselves never exceeds a hold that was seen.
 CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
 LANGUAGE sql STABLE AS $$
     WITH costs AS (
         SELECT h.id::text AS id, h.charge,
                -- Ours says to what; the gateway's own reasons don't.
-               CASE h.capped WHEN 'counted_above_hold' THEN h.charge >= h.amount ELSE h.capped IS NOT NULL END AS capped,
+               CASE h.capped WHEN 'counted_above_hold' THEN h.charge >= h.amount ELSE h.capped IS NOT NULL END
+                   AS capped,
                CASE WHEN h.usage IS NULL THEN 0 ELSE farebox.charge_at(p.rates, p.per_request, h.usage) END AS cost,
                h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL OR h.charge <= h.amount AS within_hold
           FROM farebox.holds h

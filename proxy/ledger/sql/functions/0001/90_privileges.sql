@@ -1,4 +1,4 @@
--- Who may do what. Group roles; a login gets them by `farebox migrate --grant-to`. What isn't named here is the owner's.
+-- Who may do what. Group roles; a login gets them by `farebox migrate --grant-to`. All that isn't named is the owner's.
 REVOKE ALL ON SCHEMA farebox FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA farebox FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA farebox FROM PUBLIC;
