@@ -1,6 +1,6 @@
 """What a usage costs, said twice: in Python before and after a call, in SQL for the sweeper and the audit."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -13,7 +13,7 @@ PRICES = [
     Price(0, 0, 0, 0, 0, 0, 0),
     Price(1, 2, 3, 4, 5, 6, 7, 11),
     Price(*[LIMIT - 1] * 7),
-    Price(*[LIMIT] * 7, per_request=LIMIT),
+    replace(Price(*[LIMIT] * 7), per_request=LIMIT),
     Price(0, 0, 0, 0, 0, 0, BIG, 1),
 ]
 USAGES = [
