@@ -211,9 +211,13 @@ async def test_a_lease_runs_by_the_database_clock_within_a_transaction(bank: Ban
     """now() stands still in a transaction, and lags behind whatever it waited for; a lease must not."""
     account, key = await bank.open_account(1000)
     connection = await connect(bank.database.app, Role.GATEWAY)
+    await bank.owner.execute(
+        "UPDATE farebox.workers SET lease_until = clock_timestamp() + interval '0.3 seconds' WHERE id = $1",
+        bank.worker_id,
+    )
     async with connection.transaction():
         await connection.execute("SELECT now()")
-        await bank.lapse()
+        await asyncio.sleep(0.5)
         reserved = await HoldLedger(connection).reserve(bank.a_reserve(key, 10))
     assert reserved.outcome is ReserveOutcome.WORKER_LAPSED
     assert (await bank.money(account.id))[1] == 0
