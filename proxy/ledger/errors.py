@@ -3,7 +3,7 @@
 LedgerError
   LedgerUnavailable    Postgres can't be reached, is restarting, or didn't answer in time: retry with the same id
   SchemaMismatch       the database has another schema than this code needs; the message says what to run
-  MissingRole          the group roles don't exist and may not be made; the message is the SQL to run
+  MissingRole          the login lacks a right to migrate, or roles that it may not make; the message is the SQL to run
   InvalidValue         (also a ValueError) a value that can't be stored: NUL, lone surrogate, amount out of bounds
   Unknown              no such account, key or hold
   Conflict             the id or reference stands for something else already, or the row has changed meanwhile
@@ -25,7 +25,7 @@ class SchemaMismatch(LedgerError):
 
 
 class MissingRole(LedgerError):
-    """The owner may not create the group roles: somebody who may has to run the SQL in the message."""
+    """The login may not do a part of the migration: somebody who may has to run the SQL in the message."""
 
 
 class InvalidValue(LedgerError, ValueError):

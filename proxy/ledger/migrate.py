@@ -152,10 +152,22 @@ async def _role_exists(connection: Connection, name: str) -> bool:
     return await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", name) is True
 
 
+async def _ensure_schema(connection: Connection) -> None:
+    try:
+        await connection.execute(_BOOKKEEPING)
+    except asyncpg.InsufficientPrivilegeError as error:
+        statement = await connection.fetchval(
+            "SELECT format('GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user)"
+        )
+        raise MissingRole(
+            f"this login may not make or change the schema: run as its owner, or let a superuser run\n{statement}"
+        ) from error
+
+
 async def _apply(connection: Connection, migrations: list[Migration]) -> list[int]:
     await connection.execute("SELECT pg_advisory_lock($1)", _LOCK)
     try:
-        await connection.execute(_BOOKKEEPING)
+        await _ensure_schema(connection)
         rows = await connection.fetch("SELECT number, name, checksum FROM farebox.schema_migrations ORDER BY number")
         _check_history(migrations, rows)
         pending = migrations[len(rows) :]

@@ -170,6 +170,14 @@ async def test_an_owner_that_may_not_make_roles_is_told_what_to_run(
     await connection.close()
 
 
+async def test_a_login_that_may_not_make_the_schema_is_told_what_to_run(cluster: ClusterAddress, empty: str) -> None:
+    with pytest.raises(MissingRole, match=f"GRANT CREATE ON DATABASE {empty} TO {APP};"):
+        await migrate(cluster.dsn(APP, empty))
+    await migrate(cluster.dsn(OWNER, empty))
+    with pytest.raises(MissingRole, match="run as its owner"):
+        await migrate(cluster.dsn(APP, empty))
+
+
 async def test_a_login_gets_the_roles_and_no_right_of_its_own(cluster: ClusterAddress, empty: str) -> None:
     login = f"serve-{secrets.token_hex(4)}"
     async with superuser(cluster) as admin:
