@@ -73,8 +73,9 @@ class RowRejected(LedgerError):
 class BatchLimits:
     """How much may wait, and how long. Seconds are real time."""
 
-    rows_max: int = 256
-    """Reserves, and settlements, in one call. It also bounds how long the call keeps its accounts locked."""
+    rows_max: int = 128
+    """Reserves, and settlements, in one call. More would keep the accounts locked for longer and gain nothing: it is
+    better that Postgres works on one call while this process hands out the answers of the last."""
     waiting_max: int = 16_384
     """Reserves without an answer, and settlements without one, above which no reserve is taken."""
     account_waiting_max: int = 8_192
