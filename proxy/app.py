@@ -145,6 +145,14 @@ class Farebox:
         loop.call_at(self._stop_at, settler.cut_all, Ending.SHUTDOWN)
         log.info("shutting down", open_exchanges=settler.open_exchanges)
 
+    def cut_shutdown(self) -> None:
+        """The process was told again: what runs is cut now, and charged, as if its time were over."""
+        if self._services is None:
+            return
+        self.begin_shutdown()
+        self._stop_at = asyncio.get_running_loop().time()
+        self._services.settler.cut_all(Ending.SHUTDOWN)
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Start, wait for the end, end. A start that fails is told to the server: an exception would not stop it."""
         await receive()

@@ -81,6 +81,7 @@ def serving_farebox(
         shutdown_seconds=settings.shutdown_seconds,
         stop=stop,
         on_stop=app.begin_shutdown,
+        on_hurry=app.cut_shutdown,
     )
 
 

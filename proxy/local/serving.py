@@ -72,7 +72,7 @@ class Stop:
 
     def __init__(self, *, with_parent: bool = False) -> None:
         self.hurry: list[Callable[[], None]] = []
-        """Called at the second signal: the drain is over."""
+        """Called at every signal after the first: nobody wants to wait any longer."""
         self._asked = asyncio.Event()
         self._parent = os.getppid() if with_parent else None
 
@@ -132,11 +132,13 @@ async def serving(
     shutdown_seconds: float = 5.0,
     stop: Stop | None = None,
     on_stop: Callable[[], None] = lambda: None,
+    on_hurry: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[None]:
     """Serve ``app`` on ``listener``; on the way out running requests get ``shutdown_seconds`` to end.
 
     ``on_stop`` is called first then, for an app that ends its requests itself in that time; one that doesn't has them
-    cut a little later.
+    cut a little later. ``on_hurry`` is called when ``stop`` is signalled again: the app should end them now. Its own end
+    is waited for all the same, for it may have to write down what they used.
     """
     config = uvicorn.Config(
         app,
@@ -153,7 +155,7 @@ async def serving(
     )
     server = _Server(config)
     if stop is not None:
-        stop.hurry.append(lambda: setattr(server, "force_exit", True))
+        stop.hurry.append(on_hurry)
     task = asyncio.create_task(_serve(server, listener))
     try:
         listening = asyncio.create_task(server.listening.wait())

@@ -186,6 +186,7 @@ async def running_proxy(
     *,
     pricing: str | None = None,
     timing: Timing | None = None,
+    stop: Stop | None = None,
     **settings: Any,
 ) -> AsyncIterator[Proxy]:
     """Farebox on a free port, with everything that it needs."""
@@ -206,7 +207,7 @@ async def running_proxy(
     pool = await create_pool(database.superuser, Role.CONTROL, size=2)
     try:
         # The client goes last: a stop must not look like clients leaving.
-        server = serving_farebox(app, listener, app.settings, Stop())
+        server = serving_farebox(app, listener, app.settings, stop or Stop())
         async with httpx2.AsyncClient(base_url=url, timeout=30) as http, server:
             operations = Operations(ControlLedger(pool), Peppers.parse(PEPPER))
             yield Proxy(app, url, operations, database, directory, http, pool)

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -12,6 +14,7 @@ import httpx2
 import pytest
 
 from proxy.app import Timing
+from proxy.local.serving import Stop
 from tests.e2e.proxy import Customer, Proxy, running_proxy
 from tests.fakes.upstream import (
     DONE,
@@ -101,6 +104,30 @@ async def test_a_stream_that_outlasts_the_shutdown_is_charged_as_far_as_it_came(
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     assert await ended(proxy, customer) == (PROMPT + (1 + 1) * 3000, "counted", "shutdown")
     assert await ended(proxy, silent) == (0, None, "released")
+
+
+async def test_a_second_signal_cuts_what_runs_and_still_charges_it(
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """make hands a SIGTERM on that its whole group got; people press Ctrl-C twice."""
+    upstream.will(SSE, Chunk(chunk(" one")), Sleep(30))
+    started, stop = asyncio.Event(), Stop()
+    async with running_proxy(database, tmp_path, upstream.base_url, shutdown_seconds=25, stop=stop) as proxy:
+        with stop.on_signals():
+            customer = await proxy.account()
+            reading = asyncio.create_task(read_all(customer, started))
+            await started.wait()
+            began = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            await stop.wait()
+    assert time.monotonic() - began < 10
+    read, clean = await reading
+    assert not clean
+    assert json.loads(read.split(b"data: ")[-1])["error"]["code"] == "shutting_down"
+    assert await ended(proxy, customer) == (PROMPT + (1 + 1) * 3000, "counted", "shutdown")
+    [worker] = await proxy.query("SELECT stopped_at FROM farebox.workers")
+    assert worker["stopped_at"] is not None
 
 
 async def test_a_drain_is_settled_at_shutdown(database: Database, tmp_path: Path, upstream: ScriptedUpstream) -> None:
