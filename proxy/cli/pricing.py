@@ -38,7 +38,7 @@ def check(
         settings = load(upstreams=upstreams)
         current = against or settings.pricing
         after = read_catalog(file, settings.upstreams)
-        before = None if _same_file(current, file) else _serving(current, settings.upstreams)
+        before = _before(file, current, settings.upstreams, required=against is not None)
         diff = compare(before, after)
         out.show(_view(diff, after), _lines(diff, after, compared_with=None if before is None else current))
 
@@ -60,11 +60,18 @@ def _view(diff: CatalogDiff, after: Catalog) -> dict[str, object]:
     }
 
 
-def _serving(path: Path, upstreams: Path) -> Catalog | None:
-    """The catalog to compare with, or None where that file is missing or broken: then there is nothing to compare."""
+def _before(file: Path, current: Path, upstreams: Path, *, required: bool) -> Catalog | None:
+    """The catalog to compare with, or None where there is none: it is the same file, or it is missing or broken.
+
+    Raises ConfigError where it was asked for by name (``required``).
+    """
+    if not required and _same_file(current, file):
+        return None
     try:
-        return read_catalog(path, upstreams)
+        return read_catalog(current, upstreams)
     except ConfigError:
+        if required:
+            raise
         return None
 
 

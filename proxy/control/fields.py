@@ -5,6 +5,7 @@ lone surrogates) is refused here, so that it never becomes a server error there.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
 from typing import Any, NoReturn
@@ -28,6 +29,8 @@ __all__ = [
 
 BODY_BYTES_MAX = 64 * 1024
 TEXT_CHARS_MAX = 200
+
+_WHOLE = re.compile(r"[0-9]{1,6}\Z", re.ASCII)
 
 
 class Fields:
@@ -155,7 +158,7 @@ class Fields:
         value = self.take("limit")
         if value is None:
             return default
-        if not (isinstance(value, str) and value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= most):
+        if not (isinstance(value, str) and _WHOLE.match(value) and 1 <= int(value) <= most):
             self.refuse("limit", f"must be a whole number from 1 to {most}")
         return int(value)
 

@@ -246,6 +246,8 @@ def explained(text: str) -> str:
         "No space left on device": "The disk is full: make room and start again.",
         "Permission denied": "A file isn't accessible to the user PostgreSQL runs as.",
         "could not create shared memory segment": "The system's shared memory is used up.",
+        "could not look up effective user ID": "PostgreSQL runs only as a user that is known by name on this "
+        "machine: start Farebox as one, or set DATABASE_URL to a PostgreSQL of yours.",
         "not compatible with this server": "The data were made by another major version: dump there and restore here.",
     }
     return " ".join([text, *(hint for words, hint in hints.items() if words in text)])

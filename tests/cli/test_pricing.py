@@ -53,6 +53,13 @@ def test_a_broken_file_ends_with_1_and_names_the_place(bare: Farebox, edited: Pa
     assert bare("pricing", "check", str(edited), "--upstreams", UPSTREAMS, "--json").json["error"]["code"] == "pricing"
 
 
+def test_a_file_to_compare_with_that_was_named_has_to_be_there(bare: Farebox, edited: Path, tmp_path: Path) -> None:
+    """Or a typing error in its name would show as a list of new models, and no price as raised."""
+    ran = bare("pricing", "check", str(edited), "--upstreams", UPSTREAMS, "--against", str(tmp_path / "none.yaml"))
+    assert ran.code == 1
+    assert "none.yaml" in ran.err
+
+
 def test_a_file_that_is_not_there(bare: Farebox, tmp_path: Path) -> None:
     ran = bare("pricing", "check", str(tmp_path / "none.yaml"), "--upstreams", UPSTREAMS)
     assert ran.code == 1

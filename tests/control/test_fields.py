@@ -46,6 +46,14 @@ def test_seconds_are_whole_and_bounded(value: Any) -> None:
     assert found is None or 0 <= found <= 60
 
 
+@pytest.mark.parametrize("text", ["0", "101", "000010999999", "1" + "0" * 5000, "-1", "1.0", "\u0661", " 1", "1\n", ""])
+def test_a_page_has_a_bound_however_its_size_is_written(text: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        Fields({"limit": text}).limit()
+    assert refused.value.param == "limit"
+    assert Fields({"limit": "100"}).limit() == 100
+
+
 def test_a_missing_member_is_none_or_required() -> None:
     fields = Fields({"null": None})
     assert fields.text("missing") is None

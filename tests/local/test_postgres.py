@@ -279,6 +279,8 @@ def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_called_by_its_name() -> None:
     assert "make room" in place.explained("initdb: could not write file: No space left on device")
+    nameless = "initdb: could not look up effective user ID 4321: user does not exist"
+    assert "known by name" in place.explained(nameless)
 
 
 @as_root
