@@ -137,8 +137,8 @@ async def serving(
     """Serve ``app`` on ``listener``; on the way out running requests get ``shutdown_seconds`` to end.
 
     ``on_stop`` is called first then, for an app that ends its requests itself in that time; one that doesn't has them
-    cut a little later. ``on_hurry`` is called when ``stop`` is signalled again: the app should end them now. Its own end
-    is waited for all the same, for it may have to write down what they used.
+    cut a little later. ``on_hurry`` is called when ``stop`` is signalled again: the app should end them now. Its own
+    end is waited for all the same, for it may have to write down what they used.
     """
     config = uvicorn.Config(
         app,
