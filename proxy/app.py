@@ -29,11 +29,12 @@ from proxy.dialects.registry import DIALECTS
 from proxy.gateway import models
 from proxy.gateway.auth import Authenticator
 from proxy.gateway.chat import Chat, ChatSettings
+from proxy.gateway.exchange import Ending
 from proxy.gateway.front import Front, Receive, Scope, Send
 from proxy.gateway.limits import DEFAULT, Limits, LimitsProfile
 from proxy.gateway.measured import MeasuredLedger
 from proxy.gateway.relay import Relay
-from proxy.gateway.settle import Ending, Settler
+from proxy.gateway.settle import Settler
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream import HttpClient
 from proxy.gateway.upstream_keys import UpstreamKeys

@@ -26,12 +26,13 @@ from proxy.dialects.dialect import Dialect
 from proxy.gateway.auth import Authenticator, require_model, require_scope
 from proxy.gateway.channel import Abandoned, BrokenOff
 from proxy.gateway.client import Client
+from proxy.gateway.exchange import Ending, Exchange, Ticket
 from proxy.gateway.front import Call, Receive, Scope, Send
 from proxy.gateway.headers import request_headers
 from proxy.gateway.limits import ClientLeft, Limits, check_headers, read_body
 from proxy.gateway.refusals import NOT_NOW, refusal_for, unavailable
 from proxy.gateway.relay import Order, Relay
-from proxy.gateway.settle import Ending, Exchange, Settler, Ticket
+from proxy.gateway.settle import Settler
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream_keys import UpstreamKeys
 from proxy.ledger.errors import LedgerError, LedgerUnavailable

@@ -22,8 +22,9 @@ from proxy.core.meter import Ending as AnswerEnding
 from proxy.core.sse import AnswerTooLarge
 from proxy.dialects.dialect import Decoder, Dialect
 from proxy.gateway.channel import Channel, Head
+from proxy.gateway.exchange import Ending, Exchange
 from proxy.gateway.headers import Headers, answer_headers
-from proxy.gateway.settle import Ending, Exchange, Settler
+from proxy.gateway.settle import Settler
 from proxy.gateway.upstream import (
     Answer,
     UpstreamBroken,

@@ -12,7 +12,8 @@ import pytest
 from proxy.core.catalog import STANDARD, Route, Upstream, Variant
 from proxy.core.meter import Meter
 from proxy.core.pricing import Bounds, Price
-from proxy.gateway.settle import Ending, Exchange, Settler, Ticket
+from proxy.gateway.exchange import Ending, Exchange, Ticket
+from proxy.gateway.settle import Settler
 from proxy.ledger.errors import LedgerUnavailable
 from proxy.ledger.records import Finalize, Finalized, FinalizeOutcome, Released
 from proxy.metrics import Metrics

@@ -1,0 +1,134 @@
+"""What an ended answer costs, and the row that says so to the ledger.
+
+- What the upstream reported is charged; what it didn't is counted on the joined text of each choice.
+- An answer of which nothing came through is free where that isn't the client's doing.
+- A counted charge never exceeds the hold; a reported one may, but above four times what is possible it isn't believed:
+  the hold is charged and the answer is flagged. Possible is what the model can say, not what the client's cap allows:
+  some servers know one name of the cap and ignore the other, and a cap of one token would buy a whole answer.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from proxy.core.pricing import charge
+from proxy.core.reckon import needs_count, reckon
+from proxy.core.usage import Usage, UsageSource
+from proxy.gateway.exchange import Ending, Exchange
+from proxy.ledger.records import Finalize
+
+__all__ = ["IMPLAUSIBLE", "Due", "finalize_row", "find_due", "uncountable_due"]
+
+# Reported usage above this many times what is possible isn't believed.
+BELIEVED_TIMES_POSSIBLE = 4
+IMPLAUSIBLE = "implausible_usage"
+COUNTED_ABOVE_HOLD = "counted_above_hold"
+
+# Nothing was asked of the upstream, or it said no: free whatever was seen.
+_FREE = frozenset({Ending.CLIENT_LEFT_UNSENT, Ending.UPSTREAM_REFUSED, Ending.UPSTREAM_UNREACHABLE})
+# The upstream did its work, or would have but for the client: the prompt is charged even if no text came.
+_CHARGED = frozenset({Ending.COMPLETE, Ending.CLIENT_LEFT, Ending.CLIENT_LEFT_CUT})
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What an ended answer costs. ``capped`` says why ``charge`` is less than the usage costs, where it is."""
+
+    charge: int
+    usage: Usage
+    source: UsageSource
+    capped: str | None
+    flags: tuple[str, ...] = ()
+    """What was odd about the report or the count."""
+
+
+async def find_due(exchange: Exchange) -> Due | None:
+    """What the answer costs; None where it is free."""
+    ticket, meter, ending = exchange.ticket, exchange.meter, exchange.ending
+    if ending in _FREE:
+        return None
+    quirks = ticket.route.upstream.quirks
+    if meter is None or not (meter.delivered or meter.reported(quirks)):
+        if ending not in _CHARGED:
+            return None
+        prompt, _ = await ticket.count(None)
+        return _counted(exchange, Usage(input=prompt), "counted")
+    prompt, said = await ticket.count(meter) if needs_count(meter, quirks) else (0, 0)
+    found = reckon(meter, quirks, counted_input=prompt, counted_output=said, bounds=ticket.bounds)
+    reported = found.source == "reported"
+    due = _reported(exchange, found.usage) if reported else _counted(exchange, found.usage, found.source)
+    return replace(due, flags=found.flags)
+
+
+def uncountable_due(exchange: Exchange) -> Due:
+    """What is charged where a mistake of ours keeps the usage from being found: never nothing, never above the hold."""
+    bounds = exchange.ticket.bounds
+    usage = Usage(input=bounds.input, output=bounds.output)
+    cost = charge(exchange.ticket.variant.price, usage)
+    return Due(min(exchange.granted, cost), usage, "counted", "uncountable")
+
+
+def _counted(exchange: Exchange, usage: Usage, source: UsageSource) -> Due:
+    cost, held = charge(exchange.ticket.variant.price, usage), exchange.granted
+    return Due(min(cost, held), usage, source, COUNTED_ABOVE_HOLD if cost > held else None)
+
+
+def _reported(exchange: Exchange, usage: Usage) -> Due:
+    ticket = exchange.ticket
+    cost = charge(ticket.variant.price, usage)
+    tokens_in = usage.input + usage.cached_input + usage.cache_write + usage.audio_input
+    tokens_out = usage.output + usage.reasoning + usage.audio_output
+    times = BELIEVED_TIMES_POSSIBLE
+    believed = tokens_in <= times * ticket.bounds.input and tokens_out <= times * ticket.output_possible
+    if believed or cost <= exchange.granted:
+        return Due(cost, usage, "reported", None)
+    return Due(exchange.granted, usage, "reported", IMPLAUSIBLE)
+
+
+def finalize_row(exchange: Exchange, due: Due) -> Finalize:
+    """The settlement of a closed exchange. Its fingerprint covers every fact that the charge follows from."""
+    ticket, ending = exchange.ticket, exchange.ending
+    assert ending is not None
+    facts = json.dumps(
+        [str(ticket.hold_id), due.charge, due.usage.as_tuple(), due.source, ticket.price_version, ending]
+    )
+    return Finalize(
+        hold_id=ticket.hold_id,
+        account_id=ticket.account_id,
+        key_id=ticket.key_id,
+        worker_id=ticket.worker_id,
+        charge=due.charge,
+        usage=due.usage,
+        usage_source=due.source,
+        price_version=ticket.price_version,
+        model=ticket.route.model,
+        variant=ticket.variant.name,
+        ending=ending,
+        receipt=json.dumps(_receipt(exchange, due)),
+        fingerprint=hashlib.sha256(facts.encode()).digest(),
+        capped=due.capped,
+    )
+
+
+def _receipt(exchange: Exchange, due: Due) -> dict[str, Any]:
+    """What a person who asks about the charge needs beside the figures: never a word of the prompt or the answer."""
+    ticket, meter = exchange.ticket, exchange.meter
+    raw = None if meter is None else meter.usage_json()
+    return {
+        "stream": ticket.stream,
+        "upstream": ticket.route.upstream.name,
+        "upstream_model": ticket.route.upstream_model,
+        "upstream_status": exchange.upstream_status,
+        "upstream_request_id": exchange.upstream_request_id,
+        "usage_reported": None if raw is None else json.loads(raw),
+        "finish_reasons": [] if meter is None else meter.finish_reasons,
+        "cap_sent": ticket.cap_sent,
+        "capped": due.capped,
+        "usage_flags": due.flags,
+        "seconds_to_first_byte": _between(exchange.sent_at, exchange.first_byte_at),
+    }
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else round(end - start, 6)

@@ -1,0 +1,90 @@
+"""An exchange: one request in flight, from the grant of its hold to its ending."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from uuid import UUID
+
+from proxy.core.catalog import Route, Variant
+from proxy.core.meter import Meter
+from proxy.core.pricing import Bounds
+
+__all__ = ["Count", "Ending", "Exchange", "Ticket"]
+
+
+class Ending(StrEnum):
+    """How an answer ended; it stands in the receipt."""
+
+    COMPLETE = "complete"
+    CLIENT_LEFT = "client_left"
+    """The client left; the upstream was read on to its end."""
+    CLIENT_LEFT_CUT = "client_left_cut"
+    """The client left, and the upstream wasn't done when the drain's limit came."""
+    CLIENT_LEFT_UNSENT = "client_left_unsent"
+    """The client left before anything went to the upstream."""
+    UPSTREAM_REFUSED = "upstream_refused"
+    """An error status, or an answer that can't be relayed."""
+    UPSTREAM_UNREACHABLE = "upstream_unreachable"
+    UPSTREAM_ERROR = "upstream_error"
+    """An error in an answer that had begun with 200."""
+    UPSTREAM_INCOMPLETE = "upstream_incomplete"
+    """It broke, or ended without saying that it was done."""
+    UPSTREAM_STALLED = "upstream_stalled"
+    SHUTDOWN = "shutdown"
+    LEASE_LAPSED = "lease_lapsed"
+    TOO_LONG = "too_long"
+    """It ran longer than any answer may."""
+    FAILED = "failed"
+    """A mistake of ours."""
+
+
+Count = Callable[[Meter | None], Awaitable[tuple[int, int]]]
+"""Counts what the upstream didn't report: the tokens of the prompt, and those of what was said (0 without a meter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an exchange is opened with: all that its charge will need. Amounts are microcredits."""
+
+    hold_id: UUID
+    account_id: UUID
+    key_id: str
+    worker_id: UUID
+    route: Route
+    variant: Variant
+    price_version: str
+    bounds: Bounds
+    output_possible: int
+    """The most output tokens, over all choices, were the client's own cap ignored."""
+    granted: int
+    """What the reserve granted; ``Exchange.granted`` is what the hold has grown to."""
+    stream: bool
+    cap_sent: int | None
+    """The output cap that was sent because of the balance, for each choice; None where none was."""
+    count: Count
+
+
+class Exchange:
+    """One request in flight: open until ``close``. What the pump learns on the way stands here, for the receipt."""
+
+    def __init__(self, ticket: Ticket, closed: "Callable[[Exchange], None]", opened_at: float) -> None:
+        self.ticket = ticket
+        self.granted = ticket.granted
+        """Microcredits that the hold holds now."""
+        self.opened_at = opened_at
+        """The loop's time, as every time here."""
+        self.meter: Meter | None = None
+        self.ending: Ending | None = None
+        self.sent_at: float | None = None
+        self.first_byte_at: float | None = None
+        self.upstream_status: int | None = None
+        self.upstream_request_id: str | None = None
+        self.cut: Callable[[Ending], None] = self.close
+        """Stops the work on the answer, whatever it is at, and closes with that ending. The pump puts its own here."""
+        self._closed = closed
+
+    def close(self, ending: Ending) -> None:
+        """The answer has ended so. Never waits, never raises; only the first call counts."""
+        if self.ending is None:
+            self.ending = ending
+            self._closed(self)
