@@ -39,6 +39,7 @@ class Family:
     ``factor`` on the counted prompt, ``plain`` beside it, ``schema`` / ``tools`` instead where the request has them
     (their sum where it has both). ``said_factor`` is the tokenizer's true factor on visible text, ``said`` and
     ``per_call`` what an answer and a tool call cost beside their text. ``hidden``: it may reason without showing it.
+    ``silent_rate``: the tokens a second that it then writes; METERING's for gpt-5, the slowest seen for all others.
     """
 
     factor: float
@@ -49,13 +50,14 @@ class Family:
     said: int
     per_call: int
     hidden: bool = False
+    silent_rate: int = 50
     cap_key: str = "max_tokens"
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "gpt-4": Family(1.05, 16, 40, 60, 1.0, 1, 8),
-        "gpt-5": Family(1.05, 16, 40, 110, 1.0, 9, 8, hidden=True, cap_key="max_completion_tokens"),
+        "gpt-5": Family(1.05, 16, 40, 110, 1.0, 9, 8, hidden=True, silent_rate=57, cap_key="max_completion_tokens"),
         "claude-4": Family(1.25, 60, 400, 900, 1.15, 4, 45),
         "claude-5": Family(1.9, 60, 500, 900, 1.5, 6, 55, hidden=True),
         "gemini": Family(1.3, 30, 60, 120, 1.05, 1, 0, hidden=True),

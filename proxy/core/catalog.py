@@ -6,6 +6,7 @@ Values, and the one holder that a reload swaps. Reading the two files is ``core/
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from enum import StrEnum
 from types import MappingProxyType
 
 from proxy.core.errors import InvalidRequest, NotFound
@@ -18,6 +19,7 @@ __all__ = [
     "Catalog",
     "CatalogHolder",
     "CreditValue",
+    "OnDisconnect",
     "PricedOptions",
     "Quirks",
     "Route",
@@ -31,6 +33,19 @@ STANDARD = "standard"
 
 # What a client may send as `service_tier` without asking for anything but the standard price.
 STANDARD_TIERS = frozenset({None, "auto", "default"})
+
+
+# How long an answer is read on after its client left, where no file says it.
+DRAIN_SECONDS = 120.0
+
+
+class OnDisconnect(StrEnum):
+    """What becomes of a streamed answer whose client leaves. One that isn't streamed is always read on."""
+
+    CANCEL = "cancel"
+    """The upstream's connection is closed; the prompt and what was counted of the answer are charged."""
+    DRAIN = "drain"
+    """It is read on to the upstream's report, within limits; what was reported is charged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +75,10 @@ class Upstream:
     connect_seconds: float = 10.0
     read_seconds: float = 600.0
     """The longest silence between two reads, the wait for the first byte included."""
-    drain_seconds: float = 120.0
-    """How long an answer is read on after its client left."""
+    on_disconnect: OnDisconnect | None = None
+    """For every route to here that says nothing itself. None: each model's own default."""
+    drain_seconds: float = DRAIN_SECONDS
+    drain_tokens: int | None = None
     headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Sent with every request; names in lower case."""
     quirks: Quirks = Quirks()
@@ -109,6 +126,18 @@ class Route:
     audio: bool = False
     """Whether both audio classes are priced in the standard variant."""
     allow_store: bool = False
+    on_disconnect: OnDisconnect = OnDisconnect.DRAIN
+    """For a streamed call: as the files state it, else by the model (``families.counts_exactly``)."""
+    on_disconnect_stated: bool = False
+    """Whether a file states it: it then holds also for a call whose own options would have it drained."""
+    drain_seconds: float = DRAIN_SECONDS
+    """How long an answer is read on after its client left."""
+    drain_tokens: int | None = None
+    """The most output tokens of one answer that are read after its client left; None: what its hold carries."""
+    hidden_reasoning: bool = False
+    """Whether the model may write tokens that are billed and not shown."""
+    reasoning_tokens_per_second: int = 0
+    """What such a model is taken to write while it shows nothing; 0: nothing is charged for that time."""
     cost: Price | None = None
     """What the upstream charges the operator, in microcredits of worth, rounded up; for margins."""
 

@@ -122,7 +122,7 @@ class _Fact:
         return _SHOWN[self.unit](self.value)
 
 
-_SHOWN = {_PER_TOKENS: format_rate, _PER_REQUEST: format_credits, "tokens": "{:,}".format}
+_SHOWN = {_PER_TOKENS: format_rate, _PER_REQUEST: format_credits, "tokens": "{:,}".format, "a second": "{:,}".format}
 
 
 def _model(name: str, before: Route | None, after: Route | None) -> Entry:
@@ -181,6 +181,7 @@ def _route_facts(route: Route | None, beside: Route | None) -> dict[str, _Fact]:
         "family": _Fact(route.family),
         "audio": _Fact("served" if route.audio else "refused"),
         "allow_store": _Fact(str(route.allow_store).lower()),
+        **_leaving_facts(route),
     }
     for tier in sorted(route.service_tiers):
         variant = route.variants[tier]
@@ -198,6 +199,18 @@ def _route_facts(route: Route | None, beside: Route | None) -> dict[str, _Fact]:
     if route.cost is not None:
         costs = _price_facts(route.cost, beside.cost if beside else None)
         facts |= {f"cost.{key}": fact for key, fact in costs.items()}
+    return facts
+
+
+def _leaving_facts(route: Route) -> dict[str, _Fact]:
+    facts = {
+        "on_disconnect": _Fact(route.on_disconnect),
+        "drain_seconds": _Fact(f"{route.drain_seconds:g}"),
+    }
+    if route.drain_tokens is not None:
+        facts["drain_tokens"] = _Fact(route.drain_tokens, "tokens")
+    if route.hidden_reasoning:
+        facts["reasoning_tokens_per_second"] = _Fact(route.reasoning_tokens_per_second, "a second")
     return facts
 
 
@@ -231,8 +244,8 @@ def _upstream_facts(upstream: Upstream | None) -> dict[str, _Fact]:
         value = getattr(upstream, field.name)
         if isinstance(value, float):
             facts[field.name] = _Fact(f"{value:g}")
-        elif isinstance(value, str) and field.name != "name":
-            facts[field.name] = _Fact(value)
+        elif isinstance(value, int | str) and field.name != "name":
+            facts[field.name] = _Fact(str(value))
     for field in fields(upstream.quirks):
         facts[f"quirks.{field.name}"] = _Fact(str(getattr(upstream.quirks, field.name)).lower())
     if upstream.headers:

@@ -30,6 +30,7 @@ from proxy.core.catalog import (
 from proxy.core.config_fields import Section
 from proxy.core.families import FAMILIES, UNKNOWN, family_of
 from proxy.core.key_path import shorten
+from proxy.core.leaving import LEAVING_KEYS, REASONING_KEYS, read_leaving
 from proxy.core.money import MICROCREDITS_PER_CREDIT
 from proxy.core.pricing import TOKENS_PER_RATE, Price
 from proxy.core.usage import TOKEN_CLASSES
@@ -152,7 +153,7 @@ def _read_upstream(node: Node, name: str, path: tuple[str, ...], problems: Probl
         problems,
         known=(
             *("dialect", "base_url", "api_key_env", "api_key_file", "api_key"),
-            *("connect_seconds", "read_seconds", "drain_seconds", "headers", "quirks"),
+            *("connect_seconds", "read_seconds", *LEAVING_KEYS, "headers", "quirks"),
         ),
         required=("dialect", "base_url"),
         meant=_MEANT,
@@ -171,10 +172,10 @@ def _read_upstream(node: Node, name: str, path: tuple[str, ...], problems: Probl
         api_key_file=key_file,
         connect_seconds=_seconds(section, "connect_seconds", default.connect_seconds),
         read_seconds=_seconds(section, "read_seconds", default.read_seconds),
-        drain_seconds=_seconds(section, "drain_seconds", default.drain_seconds, least=0),
         headers=_headers(section),
         quirks=_quirks(section),
     )
+    upstream = read_leaving(section).on_upstream(upstream)
     return upstream if dialect and url else None
 
 
@@ -231,9 +232,9 @@ def _key_source(section: Section) -> tuple[str | None, str | None]:
     return environment, file
 
 
-def _seconds(section: Section, key: str, default: float, *, least: int = 1) -> float:
+def _seconds(section: Section, key: str, default: float) -> float:
     thousandths = section.decimal(
-        key, decimals=3, least=least, most=_SECONDS_MAX * 1000, expected=f"seconds, at most {_SECONDS_MAX}"
+        key, decimals=3, least=1, most=_SECONDS_MAX * 1000, expected=f"seconds, at most {_SECONDS_MAX}"
     )
     return default if thousandths is None else thousandths / 1000
 
@@ -314,7 +315,7 @@ class _Offer:
             self._problems,
             known=(
                 *("upstream", "upstream_model", "family", "max_output_tokens", *_PRICE_KEYS),
-                *("cost", "service_tiers", *_TOOLS, "allow_store"),
+                *("cost", "service_tiers", *_TOOLS, "allow_store", *LEAVING_KEYS, *REASONING_KEYS),
             ),
             required=("upstream", "input", "output", "max_output_tokens"),
             meant=_MEANT,
@@ -337,11 +338,12 @@ class _Offer:
         allow_store = section.flag("allow_store")
         cost = self._cost(section)
         prices = self._prices(section)
+        leaving = read_leaving(section, reasoning=True)
         tools = {tool: extra for tool in _TOOLS if (extra := self._tool(section, tool)) is not None}
         if self._problems.count or upstream is None or output_tokens_max is None:
             return
         variants = _variants(prices, tools)
-        self.routes[model] = Route(
+        route = Route(
             model=model,
             upstream=upstream,
             upstream_model=upstream_model or model,
@@ -355,6 +357,7 @@ class _Offer:
             allow_store=allow_store,
             cost=cost,
         )
+        self.routes[model] = leaving.on_route(route)
 
     def _upstream(self, section: Section) -> Upstream | None:
         name = section.text("upstream", _NAME, expected=f"the name of an upstream in {self._upstreams_file}")

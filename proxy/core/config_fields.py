@@ -118,8 +118,12 @@ class Section:
 
     def flag(self, key: str, *, default: bool = False) -> bool:
         """``true`` or ``false``."""
-        found = self._value(key, "true or false", _flag)
+        found = self.flag_or_none(key)
         return default if found is None else found
+
+    def flag_or_none(self, key: str) -> bool | None:
+        """``true``, ``false``, or None where the key is absent."""
+        return self._value(key, "true or false", _flag)
 
     def decimal(
         self, key: str, *, decimals: int, most: int, expected: str, least: int = 0, finer: str | None = None

@@ -6,7 +6,7 @@ loosest row. pricing.yaml may state ``family`` where the rules guess wrong.
 
 import re
 
-__all__ = ["FAMILIES", "UNKNOWN", "family_of"]
+__all__ = ["FAMILIES", "UNKNOWN", "counts_exactly", "family_of"]
 
 UNKNOWN = "unknown"
 
@@ -48,6 +48,17 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 _CLAUDE_VERSION = re.compile(r"(?<![0-9])([0-9]{1,2})(?:[.-]([0-9]{1,2}))?(?![0-9])")
 _CLAUDE_OLD_TOKENIZER_LAST = (4, 6)
+
+# Of the one family whose vocabulary is counted with: those that have an older one, and those that search by themselves.
+_COUNTED_NEARLY = re.compile(r"gpt-?(3|4(?![o.]))|search")
+
+
+def counts_exactly(family: str, model: str) -> bool:
+    """Whether the tokens of an answer's text, as counted here, are those that the provider bills.
+
+    Only then is a cut answer's charge as good without the provider's report as with it.
+    """
+    return family == "gpt-4" and not _COUNTED_NEARLY.search(model.lower())
 
 
 def family_of(model: str) -> str:

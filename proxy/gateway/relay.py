@@ -2,7 +2,7 @@
 
 The *pump* runs in a task of the settler's, not of the request's. It puts what it reads into a bounded channel, feeds
 the dialect's decoder, and closes the exchange with how the answer ended. When the client leaves, it reads on without
-one for as long as the upstream's ``drain_seconds`` allow, since the usage comes last.
+one for as long as the route's ``drain_seconds`` allow, since the usage comes last.
 
 What the client may never see is a cut answer that looks whole: an upstream that breaks, stalls or stops without having
 said that it was done ends in an error event and a broken socket.
@@ -108,7 +108,7 @@ class Pump:
         if self._relay.drains > self._relay.drains_max:
             self.cut(Ending.CLIENT_LEFT_CUT)
         else:
-            seconds = self._order.upstream.drain_seconds
+            seconds = self._exchange.ticket.route.drain_seconds
             self._drain_timer = self._loop.call_later(seconds, self.cut, Ending.CLIENT_LEFT_CUT)
 
     def cut(self, ending: Ending) -> None:

@@ -98,6 +98,7 @@ def test_options_limits_and_fees_are_compared() -> None:
         "per_request": ("0", "0.5"),
         "max_output_tokens": ("100", "200"),
         "family": ("gpt-4", "kimi"),
+        "on_disconnect": ("cancel", "drain"),
         "audio": ("refused", "served"),
         "allow_store": ("false", "true"),
         "service_tiers.flex.input": (None, "0.5"),

@@ -136,6 +136,11 @@ tokens = st.integers(1, 10_000_000).map(lambda value: Number(str(value)))
 CLASSES = ("cached_input", "cache_write", "audio_input", "reasoning", "audio_output", "per_request")
 prices = st.fixed_dictionaries({"input": numbers, "output": numbers}, optional=dict.fromkeys(CLASSES, numbers))
 tools = st.fixed_dictionaries({"per_request": numbers}, optional={"input_tokens": tokens})
+LEAVING: dict[str, st.SearchStrategy[Document]] = {
+    "on_disconnect": st.sampled_from(["cancel", "drain"]),
+    "drain_seconds": st.integers(0, 3_600_000).map(lambda n: Number(f"{n // 1000}.{n % 1000:03d}")),
+    "drain_tokens": st.integers(0, 10_000_000).map(lambda n: Number(str(n))),
+}
 models = st.builds(
     lambda required, priced, rest: {**required, **priced, **rest},
     st.fixed_dictionaries(
@@ -152,6 +157,9 @@ models = st.builds(
             "hosted_tools": tools,
             "allow_store": st.booleans(),
             "cost": prices,
+            **LEAVING,
+            "hidden_reasoning": st.booleans(),
+            "reasoning_tokens_per_second": st.integers(0, 1000).map(lambda n: Number(str(n))),
         },
     ),
 )
@@ -193,7 +201,7 @@ upstream_documents = st.fixed_dictionaries(
                     optional={
                         "connect_seconds": seconds,
                         "read_seconds": seconds,
-                        "drain_seconds": st.one_of(seconds, st.just(Number("0"))),
+                        **LEAVING,
                         "headers": st.dictionaries(
                             st.from_regex(r"x-[a-z0-9_-]{0,8}", fullmatch=True),
                             st.from_regex(r"[!-~]{1,3}( [!-~]{1,3})?", fullmatch=True),
@@ -272,6 +280,7 @@ NAMES = (
     *("upstream", "upstream_model", "family", "max_output_tokens", "service_tiers", "web_search", "hosted_tools"),
     *("input_tokens", "allow_store", "dialect", "base_url", "api_key", "api_key_env", "api_key_file", "headers"),
     *("connect_seconds", "read_seconds", "drain_seconds", "quirks", "include_usage", "reasoning_outside"),
+    *("on_disconnect", "drain_tokens", "hidden_reasoning", "reasoning_tokens_per_second", "cancel", "drain"),
     *("flex", "auto", "default", "standard", "Flex", "1flex", "f" * 32, "f" * 33, "gpt-4.1", "m" * 128, "m" * 129),
     *("authorization", "host", "x-title", "X-Title", "x title", "", "-", "a/b:c@d+e", "ü"),
 )
@@ -330,6 +339,11 @@ FULL_PRICING = {
             "web_search": FULL_TOOL,
             "hosted_tools": FULL_TOOL,
             "allow_store": True,
+            "on_disconnect": "drain",
+            "drain_seconds": Number("1"),
+            "drain_tokens": Number("1"),
+            "hidden_reasoning": False,
+            "reasoning_tokens_per_second": Number("57"),
         }
     },
 }
@@ -341,7 +355,9 @@ FULL_UPSTREAMS = {
             "api_key_env": "OPENAI_API_KEY",
             "connect_seconds": Number("1"),
             "read_seconds": Number("1"),
+            "on_disconnect": "cancel",
             "drain_seconds": Number("1"),
+            "drain_tokens": Number("1"),
             "headers": {"x-title": "shop"},
             "quirks": {"include_usage": True, "reasoning_outside": True, "cached_outside": False},
         },

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import bounds
-from proxy.core.families import FAMILIES, UNKNOWN, family_of
+from proxy.core.families import FAMILIES, UNKNOWN, counts_exactly, family_of
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,23 @@ def test_names_tell_families(family: str, models: str) -> None:
 @given(st.text(max_size=60))
 def test_every_name_has_a_family(name: str) -> None:
     assert family_of(name) in FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("exactly", "models"),
+    [
+        (True, "gpt-4o gpt-4o-2024-11-20 gpt-4o-mini gpt-4.1 gpt-4.1-nano gpt-4.5-preview openai/gpt-4o my-model"),
+        (False, "gpt-4 gpt-4-turbo gpt-4-0613 gpt-3.5-turbo gpt-35-turbo azure/gpt-35 gpt-4o-search-preview"),
+    ],
+)
+def test_only_the_vocabulary_that_is_counted_with_counts_exactly(exactly: bool, models: str) -> None:
+    """``my-model`` is one of which an operator has said that it is of the family."""
+    assert {model: counts_exactly("gpt-4", model) for model in models.split()} == dict.fromkeys(models.split(), exactly)
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_no_other_family_is_counted_exactly(family: str) -> None:
+    assert not counts_exactly(family, "gpt-4o")
 
 
 def test_every_family_has_a_row_of_bounds() -> None:

@@ -15,7 +15,7 @@ import httpx2
 from proxy.app import Farebox, Timing, create_app
 from proxy.cli.serve import serving_farebox
 from proxy.control.operations import KeyTerms, Operations
-from proxy.core.catalog import Catalog, Upstream
+from proxy.core.catalog import Catalog, Route
 from proxy.core.keys import Peppers
 from proxy.core.money import MICROCREDITS_PER_CREDIT
 from proxy.ledger.audit import audit
@@ -60,12 +60,13 @@ def upstreams_yaml(url: str) -> str:
 def hurried(catalog: Catalog) -> Catalog:
     """Times that a test can wait for: no file may say less than a second."""
 
-    def hurry(upstream: Upstream) -> Upstream:
+    def hurry(route: Route) -> Route:
+        upstream = route.upstream
         read = 0.3 if upstream.name == "hasty" else upstream.read_seconds
-        drain = 0.2 if upstream.name == "curt" else upstream.drain_seconds
-        return replace(upstream, read_seconds=read, drain_seconds=drain)
+        drain = 0.2 if upstream.name == "curt" else route.drain_seconds
+        return replace(route, upstream=replace(upstream, read_seconds=read), drain_seconds=drain)
 
-    routes = {model: replace(route, upstream=hurry(route.upstream)) for model, route in catalog.routes.items()}
+    routes = {model: hurry(route) for model, route in catalog.routes.items()}
     return replace(catalog, routes=routes)
 
 
