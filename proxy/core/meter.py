@@ -3,8 +3,8 @@
 It is fed the decoded chunks of a chat completion, streamed or whole, and keeps three things: the last usage report,
 how far the answer came, and its text, joined per choice, for the case that no report comes. The rules:
 
-- Reports are never added up: the last one counts. Null, ``{}`` and all-zero reports are no reports; that one of those
-  was seen is kept beside.
+- Reports are never added up: the last one counts. Null, ``{}`` and all-zero reports are no reports; that zeros were
+  told is kept beside, for an answer that says nothing.
 - Text is counted joined, since the tokens of single deltas add up to several times the tokens of the text.
 - Memory is bounded: text beyond ``text_chars_max`` is only measured, and the count of the kept part is scaled up.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from proxy.core.catalog import Quirks
 from proxy.core.usage import Usage
-from proxy.core.usage_report import Reported, is_absent, normalise
+from proxy.core.usage_report import Reported, is_absent, normalise, says_zero
 
 __all__ = ["Ending", "Meter", "storable_json"]
 
@@ -47,8 +47,8 @@ class Meter:
         """``choices``: how many the request asked for (n)."""
         self.usage_raw: dict[str, Any] | None = None
         """The last usage report, as the provider sent it."""
-        self.usage_empty_seen = False
-        """A usage object without a single count was seen. It is never a report."""
+        self.zeros_reported = False
+        """A usage object that counts zero on both sides was seen. It is no report, unless nothing was said."""
         self.usage_reports = 0
         self.done = False
         """The stream's own end mark was seen."""
@@ -125,7 +125,7 @@ class Meter:
 
     def _observe_usage(self, usage: Any, *, at_end: bool) -> None:
         if is_absent(usage):
-            self.usage_empty_seen |= isinstance(usage, dict)
+            self.zeros_reported |= says_zero(usage)
             return
         self.usage_raw = usage
         self.usage_reports += 1

@@ -16,7 +16,7 @@ from typing import Any
 from proxy.core.catalog import Quirks
 from proxy.core.usage import Usage
 
-__all__ = ["TOKENS_MAX", "Reported", "is_absent", "normalise"]
+__all__ = ["TOKENS_MAX", "Reported", "is_absent", "normalise", "says_zero"]
 
 # Above this a count is a mistake: no context is as long, and a sum of such counts still fits 64 bits.
 TOKENS_MAX = 10**12
@@ -40,6 +40,14 @@ def is_absent(raw: Any) -> bool:
     if not isinstance(raw, dict):
         return True
     return not any(raw.get(name) for name in (*_PROMPT, *_COMPLETION, "total_tokens"))
+
+
+def says_zero(raw: Any) -> bool:
+    """Whether a usage value counts nothing in so many words: zero, not null, on both sides."""
+    if not isinstance(raw, dict) or not is_absent(raw):
+        return False
+    counts = _Counts(raw)
+    return counts.first(*_PROMPT) == counts.first(*_COMPLETION) == 0
 
 
 def normalise(raw: Mapping[str, Any], quirks: Quirks) -> Reported | None:

@@ -1,6 +1,7 @@
 """What an ended answer costs, and the row that says so to the ledger.
 
 - What the upstream reported is charged; what it didn't is counted on the joined text of each choice.
+- A report of zeros is believed where nothing was said, and is no report where something was.
 - An answer of which nothing came through is free where that isn't the client's doing.
 - A counted charge never exceeds the hold; a reported one may, but above four times what is possible it isn't believed:
   the hold is charged and the answer is flagged. Possible is what the model can say, not what the client's cap allows:
@@ -29,6 +30,8 @@ COUNTED_ABOVE_HOLD = "counted_above_hold"
 _FREE = frozenset({Ending.CLIENT_LEFT_UNSENT, Ending.UPSTREAM_REFUSED, Ending.UPSTREAM_UNREACHABLE})
 # The upstream did its work, or would have but for the client: the prompt is charged even if no text came.
 _CHARGED = frozenset({Ending.COMPLETE, Ending.CLIENT_LEFT, Ending.CLIENT_LEFT_CUT})
+# All of it was seen: where it says nothing and is reported as zero tokens, zero it is.
+_WHOLE = frozenset({Ending.COMPLETE, Ending.CLIENT_LEFT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ async def find_due(exchange: Exchange) -> Due | None:
         return None
     quirks = ticket.route.upstream.quirks
     if meter is None or not (meter.delivered or meter.reported(quirks)):
-        if ending not in _CHARGED:
+        if ending not in _CHARGED or (ending in _WHOLE and meter is not None and meter.zeros_reported):
             return None
         prompt, _ = await ticket.count(None)
         return _counted(exchange, Usage(input=prompt), "counted")

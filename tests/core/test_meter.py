@@ -38,7 +38,7 @@ class TestUsage:
     def test_a_report_of_nothing_takes_no_reports_place(self, nothing: Any) -> None:
         meter = meter_of(chunk(finish="stop", usage=REPORT), {"choices": [], "usage": nothing})
         assert meter.usage_raw is REPORT
-        assert meter.usage_empty_seen == isinstance(nothing, dict)
+        assert meter.zeros_reported == (isinstance(nothing, dict) and nothing != {})
 
     def test_a_report_that_text_came_after_is_not_the_whole_answers(self) -> None:
         """Some report the prompt at the beginning, and the rest only if nothing goes wrong."""
