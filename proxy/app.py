@@ -213,7 +213,7 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
         )
         await catalog.load()
         stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
-        ledger, lease, settler = await _money(settings, dsn, metrics, timing, stack)
+        ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, stack)
         control = await create_pool(dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
         reader = await create_pool(dsn, Role.READER, size=READER_CONNECTIONS)
@@ -254,7 +254,7 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
 
 
 async def _money(
-    settings: Settings, dsn: str, metrics: Metrics, timing: Timing, stack: AsyncExitStack
+    settings: Settings, dsn: str, metrics: Metrics, counter: TokenCounter, timing: Timing, stack: AsyncExitStack
 ) -> tuple[MeasuredLedger, WorkerLease, Settler]:
     """What holds and charges credits. The lease ends last, after everything that it is the right to do."""
     open_line = lines_to(dsn)
@@ -262,7 +262,7 @@ async def _money(
     limits = BatchLimits(reserve_seconds=settings.reserve_seconds)
     ledger = BatchedLedger(open_line, limits=limits, observe=metrics.batch)
     measured = MeasuredLedger(ledger, metrics)
-    settler = Settler(measured, metrics=metrics)
+    settler = Settler(measured, metrics=metrics, count_each=counter.count_each)
     lease = WorkerLease(
         open_line,
         hostname=platform.node(),

@@ -13,10 +13,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from io import StringIO
 from typing import Any
 
 from proxy.core.catalog import Quirks
+from proxy.core.growing import GrowingText
 from proxy.core.usage import Usage
 from proxy.core.usage_report import Reported, is_absent, normalise, says_zero
 
@@ -63,6 +63,10 @@ class Meter:
         """Events whose data was no JSON."""
         self.text_chars = 0
         """All text that came, kept or not."""
+        self.text_bytes = 0
+        """The same as UTF-8: no text has more tokens than bytes."""
+        self.usage_text_bytes = 0
+        """How much of that had come when the last report did."""
         self._choices_asked = choices
         self._finished: dict[int, str] = {}
         self._text_chars_max = text_chars_max
@@ -131,6 +135,7 @@ class Meter:
         self.usage_reports += 1
         self._usage_at_end = at_end
         self._usage_chars = self.text_chars
+        self.usage_text_bytes = self.text_bytes
 
     def _observe_choice(self, choice: dict[str, Any]) -> None:
         index = choice.get("index")
@@ -162,16 +167,17 @@ class Meter:
             kept = self._choices[index] = _Choice(index)
         return kept
 
-    def _write(self, into: StringIO, text: str) -> None:
+    def _write(self, into: GrowingText, text: str) -> None:
         self.delivered = True
         self.text_chars += len(text)
+        self.text_bytes += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
         room = self._text_chars_max - self._kept_chars
         if len(text) > room:
             text = text[:room]
         self._kept_chars += len(text)
-        into.write(text)
+        into.fresh.write(text)
 
-    def _call(self, kept: "_Choice", key: int | str | None, *, named: bool) -> StringIO:
+    def _call(self, kept: "_Choice", key: int | str | None, *, named: bool) -> GrowingText:
         """Where the text of a tool call is kept. Without an index or id, a name begins a new call."""
         if key is None:
             key = f"#{len(kept.calls)}" if named or not kept.calls else next(reversed(kept.calls))
@@ -180,7 +186,7 @@ class Meter:
             if self._calls >= _CALLS_MAX:
                 return kept.content
             self._calls += 1
-            text = kept.calls[key] = StringIO()
+            text = kept.calls[key] = GrowingText()
         return text
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -215,7 +221,7 @@ class Meter:
     @property
     def choices(self) -> int:
         """Choices that have said something."""
-        return sum(1 for _ in self._texts_by_choice())
+        return len({choice for choice, text in self.growing() if text.chars})
 
     def reported(self, quirks: Quirks) -> Reported | None:
         """The last report brought to disjoint classes, one-sided reports included; None where there is none."""
@@ -229,6 +235,17 @@ class Meter:
     def usage_json(self) -> str | None:
         """The last report as JSON text that any database takes."""
         return None if self.usage_raw is None else storable_json(self.usage_raw)
+
+    @property
+    def begun(self) -> int:
+        """Choices that have begun, whether or not they have said something: no fewer than ``choices``."""
+        return len(self._choices)
+
+    def growing(self) -> Iterator[tuple[int, GrowingText]]:
+        """Each choice's number and each of its texts, to be counted while they grow."""
+        for kept in self._choices.values():
+            for part in kept.parts():
+                yield kept.index, part
 
     def texts(self) -> list[str]:
         """What was said, each to be counted for itself: per choice its text, its visible reasoning, each tool call."""
@@ -254,11 +271,11 @@ class _Choice:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.content = StringIO()
-        self.reasoning = StringIO()
-        self.calls: dict[int | str, StringIO] = {}
+        self.content = GrowingText()
+        self.reasoning = GrowingText()
+        self.calls: dict[int | str, GrowingText] = {}
 
-    def parts(self) -> Iterator[StringIO]:
+    def parts(self) -> Iterator[GrowingText]:
         yield self.content
         yield self.reasoning
         yield from self.calls.values()
@@ -273,7 +290,7 @@ def _content(meter: Meter, kept: _Choice, value: Any, _delta: Mapping[str, Any])
 
 def _parts(meter: Meter, kept: _Choice, value: Any) -> None:
     """Content as a list of parts: text, or reasoning where a part says so (Mistral's ``thinking``)."""
-    stack: list[tuple[Any, StringIO]] = [(value, kept.content)]
+    stack: list[tuple[Any, GrowingText]] = [(value, kept.content)]
     while stack:
         item, into = stack.pop()
         if isinstance(item, str):

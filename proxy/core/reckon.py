@@ -12,7 +12,7 @@ from proxy.core.pricing import Bounds
 from proxy.core.usage import Usage, UsageSource
 from proxy.core.usage_report import Reported
 
-__all__ = ["Reckoning", "needs_count", "reckon"]
+__all__ = ["Reckoning", "completed", "needs_count", "reckon"]
 
 COUNTED_ABOVE_BOUND = "counted_above_bound"
 
@@ -47,14 +47,15 @@ def reckon(meter: Meter, quirks: Quirks, *, counted_input: int, counted_output: 
     if reported is not None and whole is not None:
         return Reckoning(whole, "reported", reported.flags)
     if reported is not None:
-        usage = _completed(reported, counted_input, counted_output)
+        usage = completed(reported, counted_input, counted_output)
         return Reckoning(usage, "partly_counted", (*reported.flags, *cut))
     if meter.delivered:
         return Reckoning(Usage(input=counted_input, output=counted_output), "counted", cut)
     return Reckoning(Usage(), "none")
 
 
-def _completed(reported: Reported, counted_input: int, counted_output: int) -> Usage:
+def completed(reported: Reported, counted_input: int, counted_output: int) -> Usage:
+    """A report that doesn't cover the whole answer, with what was counted in the place of what it lacks."""
     usage = reported.usage
     if not reported.prompt_known:
         usage = replace(usage, input=counted_input)

@@ -6,6 +6,7 @@ say that nothing more comes.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.core.errors import Refusal
@@ -37,6 +38,12 @@ class Channel:
     """Head, then bytes, then an end. All calls from one event loop."""
 
     def __init__(self) -> None:
+        self.produced_bytes = 0
+        """Bytes that were put in, all together."""
+        self.sent_bytes = 0
+        """Bytes that the consumer has handed to the server."""
+        self.unsent_bytes: Callable[[], int] = _none
+        """How many of those the server still has; the consumer puts its own here."""
         self._head: Head | Refusal | None = None
         self._chunks: list[bytes] = []
         self._size = 0
@@ -49,6 +56,11 @@ class Channel:
     @property
     def abandoned(self) -> bool:
         return self._abandoned
+
+    @property
+    def delivered_bytes(self) -> int:
+        """Bytes that have left this process for the client; all of them where there is no client any more."""
+        return self.produced_bytes if self._abandoned else self.sent_bytes - self.unsent_bytes()
 
     @property
     def started(self) -> bool:
@@ -71,6 +83,7 @@ class Channel:
 
     def put_at_once(self, data: bytes) -> None:
         """Add bytes without waiting: for the last ones."""
+        self.produced_bytes += len(data)
         if data and not self._abandoned:
             self._chunks.append(data)
             self._size += len(data)
@@ -138,6 +151,10 @@ class Channel:
     async def _wait(self) -> None:
         self._reader = asyncio.get_running_loop().create_future()
         await self._reader
+
+
+def _none() -> int:
+    return 0
 
 
 def _wake(waiter: "asyncio.Future[None] | None") -> None:

@@ -15,15 +15,18 @@ from proxy.gateway.headers import Headers
 __all__ = ["ABORT", "Client"]
 
 ABORT = "farebox.abort"
-"""In ``scope["extensions"]``: its ``abort()`` resets the connection at once, unread bytes and all. Our own extension of
-ASGI (``protocol.py``), since an app by itself can only have a connection closed once everything was read."""
+"""In ``scope["extensions"]``: its ``abort()`` resets the connection at once, unread bytes and all; ``unsent()`` is how
+many bytes the server still has. Our own extension of ASGI (``protocol.py``), since an app by itself can only have a
+connection closed once everything was read, and isn't told how far it was."""
 
 
 class Client:
     """An async context manager around the time in which the client is waited on. Times are seconds."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, send_seconds: float) -> None:
-        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT, {}).get("abort")
+        connection = scope.get("extensions", {}).get(ABORT, {})
+        self._abort: Callable[[], None] | None = connection.get("abort")
+        self._unsent: Callable[[], int] | None = connection.get("unsent")
         self._receive = receive
         self._send = send
         self._send_seconds = send_seconds
@@ -64,6 +67,8 @@ class Client:
         """
         self._writer = asyncio.current_task()
         self._timer = self._loop.call_later(self._send_seconds / 4, self._look)
+        if self._unsent is not None:
+            channel.unsent_bytes = self._unsent
         try:
             head = await channel.head()
             await self._write({"type": "http.response.start", "status": head.status, "headers": [*head.headers, *ours]})
@@ -72,6 +77,7 @@ class Client:
                 data = await channel.get()
                 more = not channel.finished
                 await self._write({"type": "http.response.body", "body": data, "more_body": more})
+                channel.sent_bytes += len(data)
                 if self.first_sent_at is None:
                     self.first_sent_at = self._loop.time()
         except asyncio.CancelledError:

@@ -8,6 +8,7 @@ from uuid import UUID
 from proxy.core.catalog import Route, Variant
 from proxy.core.meter import Meter
 from proxy.core.pricing import Bounds
+from proxy.gateway.progress import CountEach, Progress
 
 __all__ = ["Count", "Ending", "Exchange", "Ticket"]
 
@@ -67,21 +68,45 @@ class Ticket:
 class Exchange:
     """One request in flight: open until ``close``. What the pump learns on the way stands here, for the receipt."""
 
-    def __init__(self, ticket: Ticket, closed: "Callable[[Exchange], None]", opened_at: float) -> None:
+    def __init__(
+        self, ticket: Ticket, closed: "Callable[[Exchange], None]", *, count_each: CountEach, clock: Callable[[], float]
+    ) -> None:
         self.ticket = ticket
+        self.progress = Progress(
+            route=ticket.route,
+            bounds=ticket.bounds,
+            count_answer=ticket.count,
+            count_each=count_each,
+            clock=clock,
+        )
+        """How far the answer has come, in tokens."""
         self.granted = ticket.granted
         """Microcredits that the hold holds now."""
-        self.opened_at = opened_at
+        self.opened_at = clock()
         """The loop's time, as every time here."""
-        self.meter: Meter | None = None
         self.ending: Ending | None = None
-        self.sent_at: float | None = None
         self.first_byte_at: float | None = None
         self.upstream_status: int | None = None
         self.upstream_request_id: str | None = None
         self.cut: Callable[[Ending], None] = self.close
         """Stops the work on the answer, whatever it is at, and closes with that ending. The pump puts its own here."""
         self._closed = closed
+
+    @property
+    def meter(self) -> Meter | None:
+        return self.progress.meter
+
+    @meter.setter
+    def meter(self, meter: Meter | None) -> None:
+        self.progress.meter = meter
+
+    @property
+    def sent_at(self) -> float | None:
+        return self.progress.sent_at
+
+    @sent_at.setter
+    def sent_at(self, at: float | None) -> None:
+        self.progress.sent_at = at
 
     def close(self, ending: Ending) -> None:
         """The answer has ended so. Never waits, never raises; only the first call counts."""

@@ -73,8 +73,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
-        # An ASGI extension of ours: an app alone can't reset a connection, only close it once all is read.
-        self.scope["extensions"] = {ABORT: {"abort": self._reset}}
+        # An ASGI extension of ours: an app alone can't reset a connection, nor see how far it is.
+        self.scope["extensions"] = {ABORT: {"abort": self._reset, "unsent": self.transport.get_write_buffer_size}}
 
     def on_headers_complete(self) -> None:
         self._in_head = False

@@ -96,6 +96,7 @@ class Pump:
     def start(self) -> None:
         """Begin, in a task that no request owns."""
         self._exchange.cut = self.cut
+        self._exchange.progress.channel = self.channel
         self._task = self._relay.settler.own(self._run())
 
     def client_left(self) -> None:
@@ -206,11 +207,14 @@ class Pump:
             self.channel.end()
 
     async def _pass_on(self, decoder: Decoder, chunk: bytes) -> None:
+        progress = self._exchange.progress
+        progress.holding = True
         data = decoder.feed(chunk)
         if decoder.meter.done and decoder.meter.usage_final:
             # Before the client sees it: some clients close at [DONE], and then ask for their balance. Where no report
             # has come yet, one may still come behind the end mark.
             self._close(_STREAM_ENDINGS[decoder.meter.ending])
+        progress.holding = False
         if data:
             await self.channel.put(data)
 

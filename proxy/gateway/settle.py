@@ -7,7 +7,7 @@ tasks do the rest: find the usage, price it, and have the ledger finalize or rel
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -16,6 +16,7 @@ import structlog
 from proxy.core.money import format_credits
 from proxy.gateway.due import IMPLAUSIBLE, Due, finalize_row, find_due, uncountable_due
 from proxy.gateway.exchange import Ending, Exchange, Ticket
+from proxy.gateway.progress import CountEach
 from proxy.ledger.records import Finalize, Finalized, FinalizeOutcome, Released
 from proxy.metrics import Metrics
 
@@ -37,10 +38,15 @@ class SettlingLedger(Protocol):
     def release(self, hold_id: UUID, account_id: UUID, worker_id: UUID) -> "asyncio.Future[Released]": ...
 
 
+async def _uncounted(_texts: Sequence[str]) -> None:
+    """Takes the place of a counter: progress is then told by bytes."""
+
+
 class Settler:
     """The registry of exchanges, and the owner of every task that works on one.
 
-    ``seconds_max`` bounds an exchange's life; it is looked at every ``tick_seconds``.
+    ``count_each`` counts answers on their way (``progress.py``). ``seconds_max`` bounds an exchange's life; it is
+    looked at every ``tick_seconds``.
     """
 
     def __init__(
@@ -48,11 +54,13 @@ class Settler:
         ledger: SettlingLedger,
         *,
         metrics: Metrics,
+        count_each: CountEach = _uncounted,
         seconds_max: float = EXCHANGE_SECONDS_MAX,
         tick_seconds: float = TICK_SECONDS,
     ) -> None:
         self._ledger = ledger
         self._metrics = metrics
+        self._count_each = count_each
         self._seconds_max = seconds_max
         self._tick_seconds = tick_seconds
         self._open: set[Exchange] = set()
@@ -79,7 +87,8 @@ class Settler:
 
     def open(self, ticket: Ticket) -> Exchange:
         """Register a granted hold. Synchronous: between the grant and this there is nothing to be cancelled."""
-        exchange = Exchange(ticket, self._settle, asyncio.get_running_loop().time())
+        clock = asyncio.get_running_loop().time
+        exchange = Exchange(ticket, self._settle, count_each=self._count_each, clock=clock)
         self._open.add(exchange)
         self._metrics.hold_opened(ticket.granted)
         return exchange
