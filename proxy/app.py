@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from uuid import UUID
 
 import structlog
 from starlette.requests import Request
@@ -31,6 +32,7 @@ from proxy.gateway.auth import Authenticator
 from proxy.gateway.chat import Chat, ChatSettings
 from proxy.gateway.exchange import Ending
 from proxy.gateway.front import Front, Receive, Scope, Send
+from proxy.gateway.idempotency import Idempotency, IdempotencySettings
 from proxy.gateway.limits import DEFAULT, Limits, LimitsProfile
 from proxy.gateway.measured import MeasuredLedger
 from proxy.gateway.relay import Relay
@@ -43,6 +45,7 @@ from proxy.ledger.connect import Pool, Role, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.errors import LedgerError, LedgerUnavailable, SchemaMismatch
 from proxy.ledger.holds import HoldLedger
+from proxy.ledger.idempotency import IdempotencyLedger
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
 from proxy.ledger.migrate import schema_state
@@ -67,6 +70,7 @@ except PackageNotFoundError:  # run from a checkout that isn't installed
 GATEWAY_CONNECTIONS = 4
 CONTROL_CONNECTIONS = 4
 READER_CONNECTIONS = 4
+IDEMPOTENCY_CONNECTIONS = 4
 # After the last exchange was cut: for what waits in the ledger's batch, and for connections to close.
 LEDGER_STOP_SECONDS = 5.0
 
@@ -233,6 +237,7 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
             worker_id=lease.worker_id,
             settler=settler,
             relay=Relay(http, settler, drains_max=settings.drains_max),
+            idempotency=await _idempotency(settings, dsn, lease.worker_id, metrics, stack),
             dialects=DIALECTS,
             metrics=metrics,
             settings=ChatSettings(settings.affordable_cap_tokens_min, settings.send_seconds),
@@ -291,6 +296,28 @@ async def _money(
         lease_held=lambda: float(lease.held()),
     )
     return measured, lease, settler
+
+
+async def _idempotency(
+    settings: Settings, dsn: str, worker_id: UUID, metrics: Metrics, stack: AsyncExitStack
+) -> Idempotency:
+    """Connections of its own, opened when the first Idempotency-Key comes: retries may not hold up key look-ups."""
+    pool = await create_pool(dsn, Role.GATEWAY, size=IDEMPOTENCY_CONNECTIONS)
+    stack.push_async_callback(pool.close)
+    idempotency = Idempotency(
+        IdempotencyLedger(pool),
+        worker_id=worker_id,
+        metrics=metrics,
+        settings=IdempotencySettings(
+            answer_seconds=settings.idempotency_answer_seconds,
+            answer_bytes_max=settings.idempotency_answer_bytes_max,
+            key_seconds=settings.idempotency_key_days * 86_400.0,
+            claim_seconds=settings.reserve_seconds,
+        ),
+    )
+    idempotency.start()
+    stack.push_async_callback(idempotency.stop)
+    return idempotency
 
 
 async def _stop_ledger(ledger: BatchedLedger) -> None:

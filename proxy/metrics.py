@@ -15,7 +15,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from proxy.core.usage import TOKEN_CLASSES, Usage
 
-__all__ = ["LEDGER_OPERATIONS", "ROUTES", "Metrics", "MetricsServer"]
+__all__ = ["CLAIM_OUTCOMES", "LEDGER_OPERATIONS", "ROUTES", "Metrics", "MetricsServer"]
 
 ROUTES = (
     "chat",
@@ -38,6 +38,9 @@ LEDGER_OPERATIONS = (
     "other",
 )
 """The values of the label ``operation``. ``batch`` is a call on the database; the others include the wait for it."""
+
+CLAIM_OUTCOMES = ("claimed", "running", "finished", "replayed", "mismatch")
+"""What became of requests with an Idempotency-Key."""
 
 _SOURCES = ("reported", "partly_counted", "counted")
 _FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -82,6 +85,10 @@ class Metrics:
         for counter, count in zip(bound, usage.as_tuple(), strict=True):
             if count:
                 counter.inc(count)
+
+    def idempotency(self, outcome: str) -> None:
+        """A request with an Idempotency-Key was admitted, refused or replayed: one of CLAIM_OUTCOMES."""
+        self._idempotency[outcome].inc()
 
     # Credits
 
@@ -176,6 +183,8 @@ class Metrics:
         self._first_byte = self._histogram(
             "first_byte_added_seconds", "What Farebox added to the time to the first byte.", _FAST_SECONDS
         )
+        claims = self._counter("idempotency_keys_total", "Requests with an Idempotency-Key.", ("outcome",))
+        self._idempotency = {outcome: claims.labels(outcome) for outcome in CLAIM_OUTCOMES}
         tokens = self._counter("tokens_total", "Tokens settled, by class and by who said so.", ("class", "source"))
         self._tokens = {source: [tokens.labels(name, source) for name in TOKEN_CLASSES] for source in _SOURCES}
         self._implausible = self._counter("implausible_usage_total", "Answers whose reported usage was not believed.")

@@ -104,6 +104,13 @@ class Settings(BaseSettings):
     drains_max: int = Field(500, ge=0)
     """How many answers are read on at once for clients that left; one more is cut off and charged by count."""
 
+    idempotency_key_days: int = Field(30, ge=1, le=36_500)
+    """How long an Idempotency-Key is remembered."""
+    idempotency_answer_seconds: float = Field(0, ge=0, le=7 * 86_400)
+    """How long an answer is kept for a retry under its Idempotency-Key; 0: not at all."""
+    idempotency_answer_bytes_max: int = Field(1024 * 1024, ge=1024, le=16 * 1024 * 1024)
+    """The largest answer that is kept."""
+
     # `farebox demo` alone.
     demo_token_seconds: float = Field(0.02, ge=0, le=10)
     """The time its demo upstream takes for a token."""

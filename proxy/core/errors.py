@@ -8,8 +8,9 @@
       Forbidden            403   the key lacks a scope or the model is not on its list
       NotFound             404   unknown path, model or receipt
       MethodNotAllowed     405   the path exists, the method doesn't
-      Conflict             409   (admin API) the id or reference stands for something else already
+      Conflict             409   the id, reference or Idempotency-Key stands for something else already
       TooLarge             413   body above the limit
+      Unprocessable        422   the Idempotency-Key belongs to a request with another body
       TooManyRequests      429   a limit of the key
       UpstreamError        502   the upstream refused us or can't be reached: not the client's fault
       Unavailable          503   Farebox can't serve now (database, draining, a missing upstream key)
@@ -34,6 +35,7 @@ __all__ = [
     "TooManyRequests",
     "Unauthenticated",
     "Unavailable",
+    "Unprocessable",
     "UpstreamError",
 ]
 
@@ -120,12 +122,17 @@ class MethodNotAllowed(Refusal):
 class Conflict(Refusal):
     status = 409
     type = "invalid_request_error"
-    # SDKs retry a 409 unless they are told not to, and this one is final.
+    # SDKs retry a 409 unless they are told not to; one that isn't final says so in its headers.
     retry = False
 
 
 class TooLarge(Refusal):
     status = 413
+    type = "invalid_request_error"
+
+
+class Unprocessable(Refusal):
+    status = 422
     type = "invalid_request_error"
 
 

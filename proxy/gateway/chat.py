@@ -28,7 +28,8 @@ from proxy.gateway.channel import Abandoned, BrokenOff
 from proxy.gateway.client import Client
 from proxy.gateway.exchange import Ending, Exchange, Ticket
 from proxy.gateway.front import Call, Receive, Scope, Send
-from proxy.gateway.headers import request_headers
+from proxy.gateway.headers import Headers, request_headers
+from proxy.gateway.idempotency import Idempotency, KeptAnswer, idempotency_word
 from proxy.gateway.limits import ClientLeft, Limits, check_headers, read_body
 from proxy.gateway.refusals import NOT_NOW, refusal_for, unavailable
 from proxy.gateway.relay import Order, Relay
@@ -36,6 +37,7 @@ from proxy.gateway.settle import Settler
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream_keys import UpstreamKeys
 from proxy.ledger.errors import LedgerError, LedgerUnavailable
+from proxy.ledger.idempotency import Claim
 from proxy.ledger.records import ApiKey, Reserve, Reserved, ReserveOutcome
 from proxy.metrics import Metrics
 
@@ -107,6 +109,7 @@ class Chat:
         worker_id: UUID,
         settler: Settler,
         relay: Relay,
+        idempotency: Idempotency,
         dialects: Mapping[str, Dialect],
         metrics: Metrics,
         settings: ChatSettings | None = None,
@@ -121,6 +124,7 @@ class Chat:
         self._worker_id = worker_id
         self._settler = settler
         self._relay = relay
+        self._idempotency = idempotency
         self._dialects = dialects
         self._metrics = metrics
         self._settings = settings or ChatSettings()
@@ -132,10 +136,17 @@ class Chat:
             key, request = await self._admit(scope, receive, call)
         except ClientLeft:
             return
+        word = idempotency_word(scope["headers"])
         plan = await self._plan(request)
         secret = self._keys.key(plan.route.upstream)
         async with Client(scope, receive, send, send_seconds=self._settings.send_seconds) as client:
-            key, reserved = await self._reserve(key, plan, request, call)
+            claim = None
+            if word is not None:
+                claim = await self._idempotency.claim(word, scope["path"], request.body, key.account_id, call.id)
+            if isinstance(claim, KeptAnswer):
+                await _replay(client, claim, call)
+                return
+            key, reserved = await self._reserve_claimed(claim, key, plan, request, call)
             cap = _cap(plan, request, reserved.granted)
             exchange = self._settler.open(self._ticket(key, plan, cap, request, reserved, call))
             try:
@@ -146,7 +157,7 @@ class Chat:
             if client.left:
                 exchange.close(Ending.CLIENT_LEFT_UNSENT)
             else:
-                await self._serve(client, exchange, order, call)
+                await self._serve(client, exchange, order, claim, call)
                 self._tell(arrived, exchange, client)
 
     async def _admit(self, scope: Scope, receive: Receive, call: Call) -> tuple[ApiKey, ChatRequest]:
@@ -189,6 +200,17 @@ class Chat:
             least = min(self._settings.cap_tokens_min, route.output_tokens_max)
             floor = min(quote(variant.price, replace(bounds, output=_most_out(least, request))), want)
         return _Plan(route, variant, catalog.version, counted, bounds, want, floor)
+
+    async def _reserve_claimed(
+        self, claim: Claim | None, key: ApiKey, plan: _Plan, request: ChatRequest, call: Call
+    ) -> tuple[ApiKey, Reserved]:
+        """Hold the credits. Where that is refused, the word that was claimed for it is free again."""
+        try:
+            return await self._reserve(key, plan, request, call)
+        except BaseException:
+            if claim is not None:
+                self._idempotency.free(claim)
+            raise
 
     async def _reserve(self, key: ApiKey, plan: _Plan, request: ChatRequest, call: Call) -> tuple[ApiKey, Reserved]:
         """Hold the credits. Where the key has changed since it was loaded, load it once more and ask again."""
@@ -274,7 +296,7 @@ class Chat:
         upstream = plan.route.upstream
         dialect = self._dialects[upstream.dialect]
         encoded = dialect.encode(request, plan.route, cap.tokens)
-        headers = dict(request_headers(scope["headers"], key.account_id))
+        headers = dict(request_headers(scope["headers"], key.account_id, encoded.body))
         headers.setdefault(b"user-agent", b"farebox")
         # In this order: what the dialect needs stands above the client's, what the operator says above both.
         for names in (encoded.headers, upstream.headers):
@@ -294,14 +316,14 @@ class Chat:
             secret=secret,
         )
 
-    async def _serve(self, client: Client, exchange: Exchange, order: Order, call: Call) -> None:
-        pump = self._relay.start(exchange, order)
-        client.when_left(pump.client_left)
-        headers = list(call.headers)
+    async def _serve(self, client: Client, exchange: Exchange, order: Order, claim: Claim | None, call: Call) -> None:
+        ours: Headers = []
         if exchange.ticket.cap_sent is not None:
-            headers.append((b"x-farebox-output-cap", str(exchange.ticket.cap_sent).encode()))
+            ours.append((b"x-farebox-output-cap", str(exchange.ticket.cap_sent).encode()))
+        pump = self._relay.start(exchange, order, self._idempotency.channel(claim, exchange, ours))
+        client.when_left(pump.client_left)
         try:
-            await client.answer(pump.channel, headers)
+            await client.answer(pump.channel, [*call.headers, *ours])
         except (Abandoned, BrokenOff):
             # Returning without an end is what makes the server break the socket.
             return
@@ -314,6 +336,16 @@ class Chat:
         if exchange.sent_at is not None and exchange.first_byte_at is not None and client.first_sent_at is not None:
             added = exchange.sent_at - arrived + client.first_sent_at - exchange.first_byte_at
             self._metrics.first_byte_added(added)
+
+
+async def _replay(client: Client, kept: KeptAnswer, call: Call) -> None:
+    """The answer that an earlier call under the same word got: nothing is held, sent or charged."""
+    channel = kept.channel()
+    client.when_left(channel.abandon)
+    try:
+        await client.answer(channel, [*call.headers, *kept.headers])
+    except Abandoned:
+        return
 
 
 def _most_out(cap: int, request: ChatRequest) -> int:

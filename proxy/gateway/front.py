@@ -51,7 +51,10 @@ _INSTEAD = {
     "/v1/completions": "Farebox doesn't serve /v1/completions. Use /v1/chat/completions.",
 }
 
-_EXPOSED = b"x-request-id, x-farebox-output-cap, x-upstream-request-id, x-should-retry, retry-after, retry-after-ms"
+_EXPOSED = (
+    b"x-request-id, x-farebox-output-cap, x-farebox-receipt, x-upstream-request-id, x-should-retry, retry-after, "
+    b"retry-after-ms, idempotent-replayed"
+)
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{0,4096}\Z")
 _SLASHES = re.compile(r"/{2,}")
 

@@ -48,11 +48,12 @@ _DOWN = frozenset(
 _DOWN_RENAMED = {b"x-request-id": b"x-upstream-request-id", b"request-id": b"x-upstream-request-id"}
 
 
-def request_headers(received: Iterable[tuple[bytes, bytes]], account_id: UUID) -> Headers:
+def request_headers(received: Iterable[tuple[bytes, bytes]], account_id: UUID, body: bytes) -> Headers:
     """What a client's headers become for the upstream, names in lower case; credentials are added elsewhere.
 
     ``idempotency-key`` is scoped to the account: all accounts share the operator's key at the provider, where the
-    same word from two of them must not give one the other's answer.
+    same word from two of them must not give one the other's answer. And to ``body``, as it is sent: a retry may go with
+    a cap that the first try didn't have, which a provider would take for another request under the same word.
     """
     received = [(name.lower(), value) for name, value in received]
     named = _named_by_connection(received)
@@ -60,7 +61,7 @@ def request_headers(received: Iterable[tuple[bytes, bytes]], account_id: UUID) -
         (name, value) for name, value in received if (name in _UP or name.startswith(_UP_PREFIX)) and name not in named
     ]
     passed += [
-        (name, hashlib.sha256(account_id.bytes + value).hexdigest().encode())
+        (name, hashlib.sha256(account_id.bytes + hashlib.sha256(value).digest() + body).hexdigest().encode())
         for name, value in received
         if name == b"idempotency-key"
     ]

@@ -72,9 +72,9 @@ class Relay:
         self.drains_max = drains_max
         self.drains = 0
 
-    def start(self, exchange: Exchange, order: Order) -> "Pump":
-        """Send the order; its answer comes through the pump's channel."""
-        pump = Pump(self, exchange, order)
+    def start(self, exchange: Exchange, order: Order, channel: Channel) -> "Pump":
+        """Send the order; its answer comes through the channel."""
+        pump = Pump(self, exchange, order, channel)
         pump.start()
         return pump
 
@@ -82,8 +82,8 @@ class Relay:
 class Pump:
     """The reading of one answer."""
 
-    def __init__(self, relay: Relay, exchange: Exchange, order: Order) -> None:
-        self.channel = Channel()
+    def __init__(self, relay: Relay, exchange: Exchange, order: Order, channel: Channel) -> None:
+        self.channel = channel
         self._relay = relay
         self._exchange = exchange
         self._order = order

@@ -19,6 +19,10 @@ GATEWAY = {
     "expire_holds",
     "find_key",
     "put_price_version",
+    "claim_key",
+    "free_key",
+    "keep_answer",
+    "forget_keys",
 }
 CONTROL = {
     "create_account",

@@ -298,6 +298,37 @@ CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
       FROM judged j
 $$;
 
+CREATE TABLE farebox.idempotency_keys (
+    account_id uuid NOT NULL,
+    key_hash bytea NOT NULL,
+    fingerprint bytea NOT NULL,
+    hold_id uuid NOT NULL,
+    worker_id uuid NOT NULL,
+    claimed_at timestamp with time zone NOT NULL,
+    CONSTRAINT idempotency_keys_key_hash_check CHECK ((length(key_hash) = 32))
+)
+WITH (fillfactor='90', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE FUNCTION farebox.bar_claim(_claim farebox.idempotency_keys) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF EXISTS (SELECT FROM farebox.holds h WHERE h.id = _claim.hold_id) THEN
+        RETURN farebox.claim_state(_claim) = 'free';
+    END IF;
+    PERFORM farebox.lock_accounts(ARRAY[_claim.account_id], NULL);
+    IF EXISTS (SELECT FROM farebox.holds h WHERE h.id = _claim.hold_id) THEN
+        RETURN false;
+    END IF;
+    PERFORM FROM farebox.batch(
+        0, 0, ARRAY[_claim.hold_id], ARRAY[_claim.account_id], ARRAY[NULL::text], ARRAY[NULL::bigint],
+        ARRAY[NULL::text], ARRAY[NULL::bytea], ARRAY[1], '{}', '{}', '{}', ARRAY[_claim.worker_id], ARRAY[NULL::text],
+        ARRAY[NULL::text], ARRAY[NULL::text], ARRAY[NULL::text], ARRAY[NULL::text], ARRAY[NULL::text], NULL
+    );
+    RETURN true;
+END
+$$;
+
 CREATE FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) RETURNS TABLE(row_number bigint, outcome text, amount bigint, overrun bigint, balance bigint, held bigint, debt bigint, spend_left bigint)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -539,6 +570,75 @@ CREATE FUNCTION farebox.charge_for(_version text, _model text, _variant text, _u
      WHERE p.version = _version AND p.model = _model AND p.variant = _variant
 $$;
 
+CREATE FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+DECLARE
+    claim farebox.idempotency_keys;
+BEGIN
+    -- Others may take it or give it up between two statements. Whoever loses three times comes again.
+    FOR turn IN 1..3 LOOP
+        INSERT INTO farebox.idempotency_keys (account_id, key_hash, fingerprint, hold_id, worker_id, claimed_at)
+        VALUES (_account_id, _key_hash, _fingerprint, _hold_id, _worker_id, clock_timestamp())
+        ON CONFLICT DO NOTHING;
+        IF FOUND THEN
+            outcome := 'claimed';
+            hold_id := _hold_id;
+            RETURN;
+        END IF;
+        SELECT k.* INTO claim
+          FROM farebox.idempotency_keys k WHERE k.account_id = _account_id AND k.key_hash = _key_hash;
+        CONTINUE WHEN NOT FOUND;
+        hold_id := claim.hold_id;
+        outcome := CASE claim.hold_id WHEN _hold_id THEN 'claimed' ELSE farebox.claim_state(claim) END;
+        IF outcome IN ('running', 'finished') AND claim.fingerprint <> _fingerprint THEN
+            outcome := 'mismatch';
+        ELSIF outcome = 'finished' THEN
+            SELECT a.head, a.body INTO head, body
+              FROM farebox.idempotency_answers a
+             WHERE a.hold_id = claim.hold_id AND a.expires_at > clock_timestamp();
+        END IF;
+        IF outcome <> 'free' THEN
+            RETURN;
+        END IF;
+        CONTINUE WHEN NOT farebox.bar_claim(claim);
+        UPDATE farebox.idempotency_keys AS k
+           SET fingerprint = _fingerprint, hold_id = _hold_id, worker_id = _worker_id, claimed_at = clock_timestamp()
+         WHERE k.account_id = _account_id AND k.key_hash = _key_hash AND k.hold_id = claim.hold_id;
+        IF FOUND THEN
+            outcome := 'claimed';
+            hold_id := _hold_id;
+            RETURN;
+        END IF;
+    END LOOP;
+    outcome := 'running';
+END
+$$;
+
+CREATE FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) RETURNS text
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan TO 'off'
+    AS $$
+DECLARE
+    hold farebox.holds;
+BEGIN
+    SELECT h.* INTO hold FROM farebox.holds h WHERE h.id = _claim.hold_id;
+    RETURN CASE
+        WHEN hold.state = 'open' THEN 'running'
+        -- What the sweeper had settled and its worker gave back after all is final, and costs nothing.
+        WHEN hold.state = 'released' OR hold.ending = 'released' THEN 'free'
+        WHEN hold.id IS NOT NULL THEN 'finished'
+        WHEN _claim.claimed_at > clock_timestamp() - farebox.lease_length() AND EXISTS (
+            SELECT FROM farebox.workers w WHERE w.id = _claim.worker_id AND w.lease_until > clock_timestamp()
+        ) THEN 'running'
+        ELSE 'free'
+    END;
+END
+$$;
+
 CREATE FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) RETURNS void
     LANGUAGE sql
     AS $$
@@ -724,6 +824,50 @@ CREATE FUNCTION farebox.find_key(_key_id text) RETURNS TABLE(id text, account_id
      WHERE k.id = _key_id
 $$;
 
+CREATE FUNCTION farebox.forget_keys(_limit integer, _keep interval) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    answers integer;
+    claims integer;
+    before timestamptz := clock_timestamp() - _keep;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('farebox.forget_keys', 0)) THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM farebox.idempotency_answers
+     WHERE hold_id IN (
+         SELECT a.hold_id FROM farebox.idempotency_answers a WHERE a.expires_at <= clock_timestamp() LIMIT _limit
+     );
+    GET DIAGNOSTICS answers = ROW_COUNT;
+    DELETE FROM farebox.idempotency_keys AS k
+     WHERE k.claimed_at < before
+       AND (k.account_id, k.key_hash) IN (
+           SELECT o.account_id, o.key_hash
+             FROM farebox.idempotency_keys o
+            WHERE o.claimed_at < before
+              AND NOT EXISTS (SELECT FROM farebox.holds h WHERE h.id = o.hold_id AND h.state = 'open')
+            LIMIT _limit
+       );
+    GET DIAGNOSTICS claims = ROW_COUNT;
+    RETURN answers + claims;
+END
+$$;
+
+CREATE FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+BEGIN
+    DELETE FROM farebox.idempotency_keys k
+     WHERE k.account_id = _account_id AND k.key_hash = _key_hash AND k.hold_id = _hold_id
+       AND NOT EXISTS (SELECT FROM farebox.holds h WHERE h.id = _hold_id);
+    RETURN FOUND;
+END
+$$;
+
 CREATE FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -802,6 +946,18 @@ BEGIN
       FROM free JOIN given USING (id)
      WHERE h.id = free.id AND h.state = 'open';
     RETURN true;
+END
+$$;
+
+CREATE FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.idempotency_answers (hold_id, head, body, expires_at)
+    VALUES (_hold_id, _head, _body, clock_timestamp() + _keep)
+    ON CONFLICT DO NOTHING;
+    RETURN FOUND;
 END
 $$;
 
@@ -1236,6 +1392,13 @@ CREATE TABLE farebox.accounts (
 )
 WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.02');
 
+CREATE UNLOGGED TABLE farebox.idempotency_answers (
+    hold_id uuid NOT NULL,
+    head text NOT NULL,
+    body bytea NOT NULL,
+    expires_at timestamp with time zone NOT NULL
+);
+
 CREATE TABLE farebox.price_versions (
     version text NOT NULL,
     body text NOT NULL,
@@ -1317,6 +1480,12 @@ ALTER TABLE ONLY farebox.api_keys
 ALTER TABLE ONLY farebox.holds
     ADD CONSTRAINT holds_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY farebox.idempotency_answers
+    ADD CONSTRAINT idempotency_answers_pkey PRIMARY KEY (hold_id);
+
+ALTER TABLE ONLY farebox.idempotency_keys
+    ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (account_id, key_hash);
+
 ALTER TABLE ONLY farebox.price_versions
     ADD CONSTRAINT price_versions_pkey PRIMARY KEY (version);
 
@@ -1342,6 +1511,10 @@ CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
 CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id) WHERE (state <> 'open'::text);
 
 CREATE INDEX holds_open ON farebox.holds USING btree (worker_id) WHERE (state = 'open'::text);
+
+CREATE INDEX idempotency_answers_age ON farebox.idempotency_answers USING btree (expires_at);
+
+CREATE INDEX idempotency_keys_age ON farebox.idempotency_keys USING brin (claimed_at) WITH (autosummarize='on');
 
 CREATE INDEX spend_limits_account ON farebox.spend_limits USING btree (account_id);
 
@@ -1418,12 +1591,19 @@ REVOKE ALL ON FUNCTION farebox.audit_prices() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_visibility() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.bar_claim(_claim farebox.idempotency_keys) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.charge_for(_version text, _model text, _variant text, _usage bigint[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) FROM PUBLIC;
 
@@ -1442,6 +1622,12 @@ GRANT ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id
 REVOKE ALL ON FUNCTION farebox.find_key(_key_id text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.find_key(_key_id text) TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) TO farebox_gateway;
+
 REVOKE ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
 
@@ -1449,6 +1635,9 @@ REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBL
 
 REVOKE ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) FROM PUBLIC;
 
