@@ -12,7 +12,7 @@ from proxy.core.usage import Usage
 from proxy.ledger.connect import Role, create_pool
 from proxy.ledger.errors import LedgerUnavailable
 from proxy.ledger.idempotency import Claim, Claimed, ClaimOutcome, IdempotencyLedger
-from proxy.ledger.records import ApiKey, Mark, Reserve, ReserveOutcome
+from proxy.ledger.records import ApiKey, FinalizeOutcome, Mark, Reserve, ReserveOutcome
 from tests.ledger.bank import Bank, uuid7
 
 CLAIMED, RUNNING, FINISHED, MISMATCH = ClaimOutcome
@@ -162,6 +162,57 @@ async def test_dead_with_an_open_hold_the_word_runs_until_the_sweep_and_is_then_
     assert await words.claim(a_claim(bank, key)) == Claimed(RUNNING, claim.hold_id)
     assert (await bank.expire())[claim.hold_id] == 7
     assert await words.claim(a_claim(bank, key)) == Claimed(FINISHED, claim.hold_id)
+
+
+async def test_dead_before_anything_was_delivered_the_word_is_free_after_the_sweep_and_charged_once(
+    bank: Bank, words: IdempotencyLedger, key: ApiKey, other_worker: UUID
+) -> None:
+    lost = a_claim(bank, key, worker_id=other_worker)
+    await words.claim(lost)
+    lost_row = a_reserve(bank, key, lost)
+    await bank.holds.reserve(lost_row)
+    await bank.lapse(other_worker)
+    assert (await bank.expire())[lost.hold_id] == 0
+    mine = a_claim(bank, key, body="another")
+    assert await words.claim(mine) == Claimed(CLAIMED, mine.hold_id)
+    # Its journal comes back, and would charge the first call as well.
+    assert (await bank.finalize(lost_row, 40)).outcome is FinalizeOutcome.CONFLICT
+    row = a_reserve(bank, key, mine)
+    await bank.holds.reserve(row)
+    await bank.finalize(row, 30)
+    assert await bank.money(key.account_id) == (970, 0, 0)
+    assert await words.claim(a_claim(bank, key, body="another")) == Claimed(FINISHED, mine.hold_id)
+
+
+async def test_a_charge_from_the_journal_that_comes_before_the_retry_uses_the_word_up(
+    bank: Bank, words: IdempotencyLedger, key: ApiKey, other_worker: UUID
+) -> None:
+    lost = a_claim(bank, key, worker_id=other_worker)
+    await words.claim(lost)
+    row = a_reserve(bank, key, lost)
+    await bank.holds.reserve(row)
+    await bank.lapse(other_worker)
+    await bank.expire()
+    await bank.finalize(row, 40)
+    assert await words.claim(a_claim(bank, key)) == Claimed(FINISHED, lost.hold_id)
+    assert await bank.money(key.account_id) == (960, 0, 0)
+
+
+async def test_a_journal_and_a_retry_at_once_are_one_charge(
+    bank: Bank, words: IdempotencyLedger, key: ApiKey, other_worker: UUID
+) -> None:
+    lost = [a_claim(bank, key, word=f"journal {number}", worker_id=other_worker) for number in range(30)]
+    rows = [a_reserve(bank, key, claim, 10) for claim in lost]
+    for claim, row in zip(lost, rows, strict=True):
+        await words.claim(claim)
+        await bank.holds.reserve(row)
+    await bank.lapse(other_worker)
+    await bank.expire()
+    for claim, row in zip(lost, rows, strict=True):
+        mine = replace(claim, hold_id=uuid7(), worker_id=bank.worker_id)
+        taken, charged = await asyncio.gather(words.claim(mine), bank.finalize(row, 10))
+        outcomes = (taken.outcome, charged.outcome)
+        assert outcomes in ((CLAIMED, FinalizeOutcome.CONFLICT), (FINISHED, FinalizeOutcome.FINAL))
 
 
 async def test_swept_and_then_given_back_by_its_worker_the_word_is_free(

@@ -313,13 +313,18 @@ CREATE FUNCTION farebox.bar_claim(_claim farebox.idempotency_keys) RETURNS boole
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    IF EXISTS (SELECT FROM farebox.holds h WHERE h.id = _claim.hold_id) THEN
-        RETURN farebox.claim_state(_claim) = 'free';
+    -- The usual case, a retry after a refusal: what was given back stays so.
+    IF EXISTS (
+        SELECT FROM farebox.holds h
+         WHERE h.id = _claim.hold_id AND (h.state = 'released' OR h.ending = 'released')
+    ) THEN
+        RETURN true;
     END IF;
     PERFORM farebox.lock_accounts(ARRAY[_claim.account_id], NULL);
-    IF EXISTS (SELECT FROM farebox.holds h WHERE h.id = _claim.hold_id) THEN
+    IF farebox.claim_state(_claim) <> 'free' THEN
         RETURN false;
     END IF;
+    -- A release, through the one function that does it.
     PERFORM FROM farebox.batch(
         0, 0, ARRAY[_claim.hold_id], ARRAY[_claim.account_id], ARRAY[NULL::text], ARRAY[NULL::bigint],
         ARRAY[NULL::text], ARRAY[NULL::bytea], ARRAY[1], '{}', '{}', '{}', ARRAY[_claim.worker_id], ARRAY[NULL::text],
@@ -630,6 +635,7 @@ BEGIN
         WHEN hold.state = 'open' THEN 'running'
         -- What the sweeper had settled and its worker gave back after all is final, and costs nothing.
         WHEN hold.state = 'released' OR hold.ending = 'released' THEN 'free'
+        WHEN hold.state = 'provisional' AND hold.charge = 0 AND hold.mark IS NULL THEN 'free'
         WHEN hold.id IS NOT NULL THEN 'finished'
         WHEN _claim.claimed_at > clock_timestamp() - farebox.lease_length() AND EXISTS (
             SELECT FROM farebox.workers w WHERE w.id = _claim.worker_id AND w.lease_until > clock_timestamp()

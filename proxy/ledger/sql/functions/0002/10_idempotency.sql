@@ -1,7 +1,8 @@
 -- Idempotency-Key: one hold and one upstream call for a word of an account, whoever says it again and whoever dies.
 
 -- What a claim stands for now. Nothing is written down when that changes: it follows from the claim's hold.
---   free      its hold was given back, or it has none and can't get one: its worker is gone, or so much time is
+--   free      its hold was given back; or its worker is gone and nothing is known to have been delivered; or it has
+--             no hold and can't get one any more
 --   running   its hold is open, or is just being reserved
 --   finished  its hold was charged, for good or provisionally
 CREATE FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) RETURNS text
@@ -14,6 +15,7 @@ BEGIN
         WHEN hold.state = 'open' THEN 'running'
         -- What the sweeper had settled and its worker gave back after all is final, and costs nothing.
         WHEN hold.state = 'released' OR hold.ending = 'released' THEN 'free'
+        WHEN hold.state = 'provisional' AND hold.charge = 0 AND hold.mark IS NULL THEN 'free'
         WHEN hold.id IS NOT NULL THEN 'finished'
         WHEN _claim.claimed_at > clock_timestamp() - farebox.lease_length() AND EXISTS (
             SELECT FROM farebox.workers w WHERE w.id = _claim.worker_id AND w.lease_until > clock_timestamp()
@@ -23,18 +25,24 @@ BEGIN
 END
 $$;
 
--- A claim that never got its hold is taken from its worker: should the reserve come after all, a tombstone tells it
--- that its hold has ended. False where it has come meanwhile. Locks the account, so that it can't come in between.
+-- Takes a free claim's hold from its worker for good, so that one word is never charged twice: a reserve that comes
+-- late finds a tombstone, and a charge that comes late (from a journal) finds the hold final, at nothing.
+-- False where the claim isn't free any more. Locks the account, so that nothing can come in between.
 CREATE FUNCTION farebox.bar_claim(_claim farebox.idempotency_keys) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF EXISTS (SELECT FROM farebox.holds h WHERE h.id = _claim.hold_id) THEN
-        RETURN farebox.claim_state(_claim) = 'free';
+    -- The usual case, a retry after a refusal: what was given back stays so.
+    IF EXISTS (
+        SELECT FROM farebox.holds h
+         WHERE h.id = _claim.hold_id AND (h.state = 'released' OR h.ending = 'released')
+    ) THEN
+        RETURN true;
     END IF;
     PERFORM farebox.lock_accounts(ARRAY[_claim.account_id], NULL);
-    IF EXISTS (SELECT FROM farebox.holds h WHERE h.id = _claim.hold_id) THEN
+    IF farebox.claim_state(_claim) <> 'free' THEN
         RETURN false;
     END IF;
+    -- A release, through the one function that does it.
     PERFORM FROM farebox.batch(
         0, 0, ARRAY[_claim.hold_id], ARRAY[_claim.account_id], ARRAY[NULL::text], ARRAY[NULL::bigint],
         ARRAY[NULL::text], ARRAY[NULL::bytea], ARRAY[1], '{}', '{}', '{}', ARRAY[_claim.worker_id], ARRAY[NULL::text],
