@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from proxy.core.usage import Usage
@@ -265,6 +266,25 @@ async def test_of_many_at_once_one_gets_the_word(
     [winner] = [c for c, r in zip(claims, results, strict=True) if r.outcome is CLAIMED]
     assert {r.outcome for r in results} == {CLAIMED, RUNNING}
     assert await words.claim(a_claim(bank, key)) == Claimed(RUNNING, winner.hold_id)
+
+
+async def test_of_many_that_wait_to_take_a_free_word_over_one_gets_it(
+    bank: Bank, words: IdempotencyLedger, key: ApiKey
+) -> None:
+    """They all have found it free, and stand before its row when it is let go."""
+    _, row = await held(bank, words, key)
+    await bank.release(row)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    async with bank.owner.transaction():
+        await bank.owner.execute("SELECT FROM farebox.idempotency_keys WHERE hold_id = $1 FOR UPDATE", row.hold_id)
+        claims = [asyncio.create_task(words.claim(a_claim(bank, key))) for _ in range(5)]
+        async with asyncio.timeout(8):
+            watcher = await asyncpg.connect(bank.database.superuser)
+            while await watcher.fetchval(waiting) < 5:  # noqa: ASYNC110 - the server's view, to be asked for
+                await asyncio.sleep(0.01)
+            await watcher.close()
+    outcomes = [(await claim).outcome for claim in claims]
+    assert sorted(outcomes) == [CLAIMED] + [RUNNING] * 4
 
 
 async def test_a_reserve_and_a_take_over_at_once_end_in_one_open_hold(
