@@ -186,13 +186,14 @@ async def running_proxy(
     upstream_url: str,
     *,
     pricing: str | None = None,
+    upstreams: str | None = None,
     timing: Timing | None = None,
     stop: Stop | None = None,
     **settings: Any,
 ) -> AsyncIterator[Proxy]:
     """Farebox on a free port, with everything that it needs."""
     (directory / "pricing.yaml").write_text(pricing or pricing_yaml())
-    (directory / "upstreams.yaml").write_text(upstreams_yaml(upstream_url))
+    (directory / "upstreams.yaml").write_text(upstreams or upstreams_yaml(upstream_url))
     values: dict[str, Any] = {
         "database_url": database.app,
         "key_pepper": PEPPER,
