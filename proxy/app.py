@@ -10,12 +10,13 @@ x-request-id (also in ``request.state.request_id``) and CORS headers, and forgiv
 import asyncio
 import platform
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from uuid import UUID
 
 import structlog
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Router
 
@@ -55,7 +56,7 @@ from proxy.ledger.sweeper import Sweeper
 from proxy.metrics import Metrics, MetricsServer
 from proxy.settings import Settings, SettingsError, environment
 
-__all__ = ["Adapt", "Farebox", "Services", "Timing", "create_app"]
+__all__ = ["Adapt", "Farebox", "Services", "Timing", "create_app", "serve_metrics"]
 
 log = structlog.get_logger("farebox.app")
 
@@ -102,6 +103,8 @@ class Services:
     reader: AccountReader
     settler: Settler
     chat: Chat
+    leaving: asyncio.Event
+    """Set when this process is about to end: not ready, though it may still take requests for a while."""
 
 
 def create_app(settings: Settings, *, adapt: Adapt | None = None, timing: Timing | None = None) -> "Farebox":
@@ -119,6 +122,9 @@ class Farebox:
         self._front: Front | None = None
         self._services: Services | None = None
         self._stop_at: float | None = None
+        self.metrics = Metrics()
+        self.failure: str | None = None
+        """Why the lifespan didn't start or end as it should."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -137,13 +143,29 @@ class Farebox:
         assert self._services is not None, "the lifespan has not started"
         return self._services.catalog.state.version
 
+    @property
+    def open_exchanges(self) -> int:
+        """Answers on their way, those included whose client has left."""
+        return 0 if self._services is None else self._services.settler.open_exchanges
+
+    @property
+    def stop_at(self) -> float | None:
+        """When, on the loop's clock, what still runs is cut; None while the process stays."""
+        return self._stop_at
+
+    def leave(self) -> None:
+        """The process will end: /readyz says so from now on. Requests are still taken until ``begin_shutdown``."""
+        if self._services is not None:
+            self._services.leaving.set()
+
     def begin_shutdown(self) -> None:
         """The process was told to end: not ready and nothing new from now on; what runs may go on for a while.
 
-        The server calls it when it stops listening. Where it doesn't, the end of the lifespan does.
+        The server calls it before it stops listening. Where it doesn't, the end of the lifespan does.
         """
         if self._services is None or self._stop_at is not None:
             return
+        self.leave()
         loop, settler = asyncio.get_running_loop(), self._services.settler
         self._stop_at = loop.time() + self.settings.shutdown_seconds
         settler.stop_admitting()
@@ -163,7 +185,7 @@ class Farebox:
         await receive()
         started = False
         try:
-            async with _running(self.settings, self._adapt, self._timing) as services:
+            async with _running(self.settings, self.metrics, self._adapt, self._timing) as services:
                 self._front = _front(services)
                 self._services = services
                 started = True
@@ -172,6 +194,7 @@ class Farebox:
                 self.begin_shutdown()
                 await self._drain(services.settler)
         except Exception as error:
+            self.failure = str(error)
             # What an operator can mend needs no traceback.
             mendable = isinstance(error, SettingsError | ConfigError | LedgerError)
             what = "can't shut down" if started else "can't start"
@@ -188,14 +211,13 @@ class Farebox:
 
 
 @asynccontextmanager
-async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIterator[Services]:
+async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: Timing) -> AsyncIterator[Services]:
     """The services, started; on the way out they end in reverse order."""
     dsn, peppers = settings.database_url, settings.peppers()
     if dsn is None or peppers is None:
         raise SettingsError("FAREBOX_DATABASE_URL and FAREBOX_KEY_PEPPER are needed to serve")
     async with AsyncExitStack() as stack:
-        metrics = Metrics()
-        _serve_metrics(settings, metrics, stack)
+        serve_metrics(settings, metrics.registry, stack)
         counter = TokenCounter()
         await counter.start()
         stack.callback(counter.stop)
@@ -255,6 +277,7 @@ async def _running(settings: Settings, adapt: Adapt, timing: Timing) -> AsyncIte
             reader=AccountReader(reader),
             settler=settler,
             chat=chat,
+            leaving=asyncio.Event(),
         )
 
 
@@ -333,9 +356,10 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _serve_metrics(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> None:
+def serve_metrics(settings: Settings, registry: CollectorRegistry, stack: AsyncExitStack | ExitStack) -> None:
+    """Serve the registry on the metrics port, if there is one, as long as the stack lasts. Raises SettingsError."""
     if settings.metrics_port:
-        server = MetricsServer(metrics, host=settings.metrics_host, port=settings.metrics_port)
+        server = MetricsServer(registry, host=settings.metrics_host, port=settings.metrics_port)
         try:
             server.start()
         except OSError as error:
@@ -384,7 +408,7 @@ def _health(services: Services) -> Health:
     """What /readyz looks at."""
 
     async def admitting() -> None:
-        if services.settler.stopping:
+        if services.leaving.is_set() or services.settler.stopping:
             raise Problem("shutting down")
 
     async def lease() -> None:

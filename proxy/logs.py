@@ -145,12 +145,20 @@ def log_request(log: FilteringBoundLogger, line: RequestLine) -> None:
 
 
 def make_logger(
-    redactor: Redactor, *, stream: TextIO | None = None, level: int = logging.INFO, plain: bool = False
+    redactor: Redactor,
+    *,
+    stream: TextIO | None = None,
+    level: int = logging.INFO,
+    plain: bool = False,
+    tags: Mapping[str, object] | None = None,
 ) -> FilteringBoundLogger:
-    """A logger that writes to ``stream`` (standard error by default). ``plain`` writes aligned text for a person."""
+    """A logger that writes to ``stream`` (standard error by default). ``plain`` writes aligned text for a person.
+
+    ``tags`` stand in every line: which of several processes it is from.
+    """
     logger: FilteringBoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(stream or sys.stderr),
-        processors=[*_steps(redactor), _renderer(plain=plain)],
+        processors=[*_steps(redactor, tags), _renderer(plain=plain)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
         cache_logger_on_first_use=True,
@@ -159,17 +167,22 @@ def make_logger(
 
 
 def configure(
-    redactor: Redactor, *, stream: TextIO | None = None, level: int = logging.INFO, plain: bool = False
+    redactor: Redactor,
+    *,
+    stream: TextIO | None = None,
+    level: int = logging.INFO,
+    plain: bool = False,
+    tags: Mapping[str, object] | None = None,
 ) -> FilteringBoundLogger:
     """Make every logger of this process, structlog's and the standard library's, write as ``make_logger``'s does."""
     structlog.configure(
-        processors=[*_steps(redactor), _renderer(plain=plain)],
+        processors=[*_steps(redactor, tags), _renderer(plain=plain)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
         logger_factory=structlog.WriteLoggerFactory(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
-    log = make_logger(redactor, stream=stream, level=level, plain=plain)
+    log = make_logger(redactor, stream=stream, level=level, plain=plain, tags=tags)
     capture_stdlib(log, level=level)
     return log
 
@@ -207,8 +220,12 @@ def _renderer(*, plain: bool) -> Any:
     return structlog.dev.ConsoleRenderer(colors=False) if plain else structlog.processors.JSONRenderer()
 
 
-def _steps(redactor: Redactor) -> list[Any]:
+def _steps(redactor: Redactor, tags: Mapping[str, object] | None = None) -> list[Any]:
+    def tag(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
+        return {**event_dict, **(tags or {})}
+
     return [
+        *([tag] if tags else []),
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),

@@ -219,8 +219,8 @@ class Metrics:
 class MetricsServer:
     """Serves a registry as text over HTTP from a thread of its own, so that a busy event loop can still be watched."""
 
-    def __init__(self, metrics: Metrics, *, host: str = "127.0.0.1", port: int) -> None:
-        self._metrics = metrics
+    def __init__(self, registry: CollectorRegistry, *, host: str = "127.0.0.1", port: int) -> None:
+        self._registry = registry
         self._host = host
         self._port = port
         self._server: WSGIServer | None = None
@@ -228,7 +228,7 @@ class MetricsServer:
 
     def start(self) -> int:
         """Listen, and return the port (chosen by the system if it was 0). Raises OSError where the port is busy."""
-        self._server, self._thread = start_http_server(self._port, self._host, self._metrics.registry)
+        self._server, self._thread = start_http_server(self._port, self._host, self._registry)
         return int(self._server.server_port)
 
     def stop(self) -> None:

@@ -74,7 +74,13 @@ class Settings(BaseSettings):
     cors_origins: Words = ("*",)
     """Origins that browsers may call from; ``*`` is any, an empty JSON list none."""
     shutdown_seconds: Seconds = 25.0
-    """How long running answers may go on after SIGTERM. Keep the orchestrator's grace period 10 s above it."""
+    """How long running answers may go on after SIGTERM. Keep the orchestrator's grace period 20 s above it."""
+    shutdown_delay_seconds: float = Field(0.0, ge=0, le=3_600)
+    """How long requests are still taken after SIGTERM while /readyz says "not ready": for load balancers that poll."""
+    restart_drain_seconds: Seconds = 7_200.0
+    """How long running answers may go on in a worker that was replaced (SIGHUP): no answer lasts longer."""
+    workers: int | None = Field(None, ge=1, le=64)
+    """None: this process serves by itself. Otherwise it supervises so many processes that do."""
 
     # The admin API: off unless its token is set.
     admin_token: SecretStr | None = None

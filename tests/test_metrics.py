@@ -7,6 +7,7 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from proxy.core.usage import TOKEN_CLASSES, Usage
+from proxy.local.workers_metrics import WorkersMetrics
 from proxy.metrics import LEDGER_OPERATIONS, Metrics, MetricsServer
 
 
@@ -92,7 +93,7 @@ def test_a_scrape_over_http() -> None:
     metrics = Metrics()
     metrics.first_byte_added(0.002)
     metrics.batch(3, 0.001)
-    server = MetricsServer(metrics, port=0)
+    server = MetricsServer(metrics.registry, port=0)
     port = server.start()
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
@@ -109,7 +110,8 @@ def test_every_metric_is_documented() -> None:
     documented = set(re.findall(r"`(farebox_[a-z_]+)`", page))
     sample_names = {
         family.name + ("_total" if family.type == "counter" else "")
-        for family in Metrics().registry.collect()
+        for registry in (Metrics().registry, WorkersMetrics().registry)
+        for family in registry.collect()
         if family.name.startswith("farebox_")
     }
     assert documented == sample_names

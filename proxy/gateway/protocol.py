@@ -4,6 +4,10 @@ uvicorn waits for ever for a request's first byte and for its headers' last one,
 and with it ``limits.py``, is called only when they are complete. Here a connection on which the client owes something
 (its next request's head, or the rest of a body that was answered early) is closed after ``receive_seconds``, however
 busily it trickles. While a request is being served, the time is the app's: a body on its way is ``read_body``'s matter.
+
+A server that is about to end takes its leave of a connection (``Parting``) instead of cutting it: the next answer says
+``Connection: close``, and a connection without a request is closed when it has long been idle, so that no request on
+its way is lost with it.
 """
 
 import asyncio
@@ -19,7 +23,7 @@ from uvicorn.server import ServerState
 from proxy.gateway.client import ABORT
 from proxy.gateway.limits import LimitsProfile
 
-__all__ = ["GuardedProtocol", "guarded_protocol"]
+__all__ = ["GuardedProtocol", "Parting", "guarded_protocol"]
 
 # The request line is no header, and a head that arrives in one piece is refused by the app, with a better answer.
 _REQUEST_LINE_BYTES_MAX = 16 * 1024
@@ -28,14 +32,49 @@ _REQUEST_LINE_BYTES_MAX = 16 * 1024
 _NO_LINGERING = struct.pack("ii", 1, 0)
 
 
+class Parting:
+    """Shared by the connections of one server: whether it takes its leave of them, and how long an idle one stays."""
+
+    def __init__(self) -> None:
+        self.idle_seconds: float | None = None
+        """None: the server stays."""
+        self._connections: set[GuardedProtocol] = set()
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
+
+    def begin(self, idle_seconds: float) -> None:
+        """From now on each connection ends after its next answer, or after so long without a request."""
+        self.idle_seconds = idle_seconds
+        for connection in list(self._connections):
+            connection.part()
+
+    def came(self, connection: "GuardedProtocol") -> None:
+        """A connection was accepted."""
+        self._connections.add(connection)
+
+    def went(self, connection: "GuardedProtocol") -> None:
+        """A connection was lost."""
+        self._connections.discard(connection)
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. ``limits``: ``receive_seconds`` and ``header_bytes_max`` are the ones kept here."""
 
     def __init__(
-        self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, limits: LimitsProfile
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        *,
+        limits: LimitsProfile,
+        parting: Parting | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._limits = limits
+        self._parting = parting or Parting()
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._beside_body = 0
@@ -45,7 +84,19 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._parting.came(self)
         self._expect()
+
+    def part(self) -> None:
+        """Take leave of the client: what isn't answered yet is answered with ``Connection: close``.
+
+        An answer whose head is out stays as it was announced: the client may send its next request the moment it ends.
+        """
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_nothing()
+            self._expect()
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def data_received(self, data: bytes) -> None:
         self._beside_body += len(data)
@@ -80,6 +131,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._expect_nothing()
         super().on_headers_complete()
+        if self._parting.idle_seconds is not None:
+            self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -88,6 +141,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._parting.went(self)
         self._expect_nothing()
         super().connection_lost(exc)
 
@@ -100,7 +154,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _expect(self) -> None:
         if self._deadline is None and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(self._limits.receive_seconds, self._give_up)
+            seconds = self._limits.receive_seconds
+            if self._parting.idle_seconds is not None:
+                seconds = min(seconds, self._parting.idle_seconds)
+            self._deadline = self.loop.call_later(seconds, self._give_up)
 
     def _expect_nothing(self) -> None:
         if self._deadline is not None:
@@ -124,10 +181,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-def guarded_protocol(limits: LimitsProfile) -> "Callable[..., GuardedProtocol]":
+def guarded_protocol(limits: LimitsProfile, parting: Parting | None = None) -> "Callable[..., GuardedProtocol]":
     """What ``uvicorn.Config(http=...)`` takes: makes a ``GuardedProtocol`` of these limits for each connection."""
+    parting = parting or Parting()
 
     def make(config: Config, server_state: ServerState, app_state: dict[str, Any], **_: Any) -> GuardedProtocol:
-        return GuardedProtocol(config, server_state, app_state, limits=limits)
+        return GuardedProtocol(config, server_state, app_state, limits=limits, parting=parting)
 
     return make

@@ -7,7 +7,7 @@ tasks do the rest: find the usage, price it, and have the ledger finalize or rel
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -27,7 +27,7 @@ log = structlog.get_logger("farebox.settle")
 # No provider's answer takes longer; a stream that does is stuck.
 EXCHANGE_SECONDS_MAX = 7_200.0
 TICK_SECONDS = 1.0
-# What drain allows for the last settlements once every answer has been cut.
+# What drain allows for the last settlements once every answer has ended or been cut.
 SETTLE_SECONDS = 5.0
 
 
@@ -118,21 +118,21 @@ class Settler:
     async def drain(self, limit_seconds: float) -> bool:
         """Wait until every exchange has ended and is settled; then True. False where the limit came first.
 
-        Exchanges that are still open after the limit are cut, and get a moment more to settle.
+        Exchanges that are still open after the limit are cut. The last settlements get a moment, whatever is left of
+        the limit: they take milliseconds, or the ledger is away and doesn't come back for our waiting.
         """
         self._stopping = True
-        loop = asyncio.get_running_loop()
-        await self._wait_until(loop.time() + limit_seconds)
-        if self._tasks or self._open:
-            self.cut_all(Ending.SHUTDOWN)
-            await self._wait_until(loop.time() + SETTLE_SECONDS)
+        await self._wait_while(lambda: bool(self._open), limit_seconds)
+        self.cut_all(Ending.SHUTDOWN)
+        await self._wait_while(lambda: bool(self._tasks or self._open or self._settling), SETTLE_SECONDS)
         if self._ticker is not None:
             self._ticker.cancel()
         return not self._tasks and not self._open and not self._settling
 
-    async def _wait_until(self, deadline: float) -> None:
+    async def _wait_while(self, unfinished: Callable[[], bool], limit_seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        while (self._tasks or self._open or self._settling) and loop.time() < deadline:  # noqa: ASYNC110
+        deadline = loop.time() + limit_seconds
+        while unfinished() and loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     # Looking after open exchanges.

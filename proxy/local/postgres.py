@@ -41,7 +41,16 @@ from proxy.local.place import (
 from proxy.local.processes import is_running
 from proxy.local.state import LocalError, StateDirectory
 
-__all__ = ["APP", "OWNER", "SUPERUSER", "Cluster", "ClusterAddress", "HeldBySomeoneElse", "refuse_if_served"]
+__all__ = [
+    "APP",
+    "OWNER",
+    "SUPERUSER",
+    "Cluster",
+    "ClusterAddress",
+    "HeldBySomeoneElse",
+    "refuse_if_served",
+    "users_lock_of",
+]
 
 START_SECONDS_MAX = 120.0
 """Crash recovery of a large ledger takes its time."""
@@ -127,7 +136,7 @@ class Cluster:
         self.binaries = binaries
         self.progress = progress
         self._lock = FileLock(state.path / "lock")
-        self._users = FileLock(state.path / "users")
+        self._users = FileLock(users_lock_of(state))
         self._watchdog: subprocess.Popen[bytes] | None = None
 
     @property
@@ -271,6 +280,11 @@ class Cluster:
 
     def _held(self) -> HeldBySomeoneElse:
         return _held_by(self.state, self._lock.holder())
+
+
+def users_lock_of(state: StateDirectory) -> Path:
+    """The lock that whoever uses the cluster holds, shared: its owner's stop waits for them."""
+    return state.path / "users"
 
 
 def refuse_if_served(state: StateDirectory) -> None:

@@ -2,7 +2,7 @@
 
 The socket is bound before anything else starts, so that a busy port is found out at once and not after a database was
 started. uvicorn runs on this process's own loop; we, not uvicorn, take the signals: a first one drains and stops, a
-second one doesn't wait.
+second one doesn't wait. What draining means is draining.py's matter.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ import uvicorn
 
 from proxy.local.state import LocalError
 
-__all__ = ["Stop", "base_url", "listen", "serving"]
+__all__ = ["STOP_SIGNALS", "Server", "Stop", "base_url", "hung_up", "listen", "serving"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.25
@@ -72,25 +72,30 @@ class Stop:
 
     def __init__(self, *, with_parent: bool = False) -> None:
         self.hurry: list[Callable[[], None]] = []
-        """Called at every signal after the first: nobody wants to wait any longer."""
-        self._asked = asyncio.Event()
+        """Called once, at the second time of asking: nobody wants to wait any longer."""
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        self.retiring = asyncio.Event()
+        """Another process has taken this one's place: end what runs, however long it takes, and then stop."""
+        self.orphaned = False
+        """Whoever held the listening socket with us is gone; its successor may want the port."""
         self._parent = os.getppid() if with_parent else None
 
     @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Take this process's signals for as long as this lasts."""
+    def on_signals(self, numbers: Sequence[int] = STOP_SIGNALS) -> Iterator[None]:
+        """Take these signals of this process's for as long as this lasts."""
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self._signalled)
+        for number in numbers:
+            loop.add_signal_handler(number, self.signalled)
         try:
             yield
         finally:
-            for number in STOP_SIGNALS:
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     async def wait(self, failed: Callable[[], str | None] = lambda: None) -> None:
         """Return when it is time to stop. ``failed`` is asked now and then; what it says is raised as LocalError."""
-        while not self._asked.is_set():
+        while not self.asked.is_set() and not self.retiring.is_set():
             reason = failed()
             if reason is not None:
                 raise LocalError(reason)
@@ -98,17 +103,46 @@ class Stop:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._asked.wait()
+                    await self.asked.wait()
 
-    def _signalled(self) -> None:
-        if self._asked.is_set():
+    def signalled(self) -> None:
+        """Somebody wants this process to stop; the second time, not to wait."""
+        if self.asked.is_set():
+            self.hurry_up()
+        self.asked.set()
+
+    def hurry_up(self) -> None:
+        """Stop, and don't wait for what runs."""
+        self.asked.set()
+        if not self.hurried.is_set():
+            self.hurried.set()
             for hurry in self.hurry:
                 hurry()
-        self._asked.set()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers; it says when it listens."""
+def hung_up(stop: Stop, restart: Callable[[], None]) -> Callable[[], None]:
+    """What SIGHUP means to a supervisor: restart, unless its terminal was closed, which sends it too."""
+    had_terminal = _has_terminal()
+
+    def signalled() -> None:
+        if had_terminal and not _has_terminal():
+            stop.signalled()
+        else:
+            restart()
+
+    return signalled
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers; it says when it listens, and can stop listening before it ends."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -122,6 +156,21 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self.listening.set()
 
+    def stop_listening(self) -> None:
+        """Accept no more connections; those there are go on. What waits on a shared socket is another process's."""
+        if self.started:
+            for server in self.servers:
+                server.close()
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self.server_state.connections)
+
+    def end_within(self, seconds: float) -> None:
+        """What connections get to end in, once the server exits. Set it before."""
+        self.config.timeout_graceful_shutdown = math.ceil(max(0.0, seconds) + CUT_SECONDS)
+
 
 @asynccontextmanager
 async def serving(
@@ -130,15 +179,12 @@ async def serving(
     *,
     http: Any = "httptools",
     shutdown_seconds: float = 5.0,
-    stop: Stop | None = None,
-    on_stop: Callable[[], None] = lambda: None,
-    on_hurry: Callable[[], None] = lambda: None,
+    drain: Callable[[Server], Awaitable[None]] | None = None,
 ) -> AsyncIterator[None]:
-    """Serve ``app`` on ``listener``; on the way out running requests get ``shutdown_seconds`` to end.
+    """Serve ``app`` on ``listener``; on the way out ``drain`` is awaited first, while the server still listens.
 
-    ``on_stop`` is called first then, for an app that ends its requests itself in that time; one that doesn't has them
-    cut a little later. ``on_hurry`` is called when ``stop`` is signalled again: the app should end them now. Its own
-    end is waited for all the same, for it may have to write down what they used.
+    Then running requests get ``shutdown_seconds`` to end. The app's own end is waited for without a limit, for it may
+    have to write down what they used.
     """
     config = uvicorn.Config(
         app,
@@ -151,11 +197,9 @@ async def serving(
         date_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(shutdown_seconds + CUT_SECONDS),
     )
-    server = _Server(config)
-    if stop is not None:
-        stop.hurry.append(on_hurry)
+    server = Server(config)
+    server.end_within(shutdown_seconds)
     task = asyncio.create_task(_serve(server, listener))
     try:
         listening = asyncio.create_task(server.listening.wait())
@@ -165,12 +209,15 @@ async def serving(
             await task
         yield
     finally:
-        on_stop()
-        server.should_exit = True
-        await task
+        try:
+            if drain is not None and not task.done():
+                await drain(server)
+        finally:
+            server.should_exit = True
+            await task
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+async def _serve(server: Server, listener: socket.socket) -> None:
     try:
         await server.serve([listener])
     except SystemExit as error:
