@@ -262,7 +262,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             idempotency=await _idempotency(settings, dsn, lease.worker_id, metrics, stack),
             dialects=DIALECTS,
             metrics=metrics,
-            settings=ChatSettings(settings.affordable_cap_tokens_min, settings.send_seconds),
+            settings=ChatSettings(settings.affordable_cap_tokens_min, settings.send_seconds, settings.key_calls_max),
         )
         yield Services(
             settings=settings,

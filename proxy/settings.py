@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     header_bytes_max: int = Field(32 * 1024, ge=1024)
     receive_seconds: Seconds = 30.0
     """How long a client may take to send its request."""
+    key_calls_max: int = Field(1_000, ge=0)
+    """How many calls of one key may run at once, in each process; 0: any number."""
     limits_profile: Literal["default", "chat"] = "default"
     """``chat``: 100 messages and 32 KiB for every key that names no profile of its own."""
 

@@ -31,6 +31,7 @@ from proxy.gateway.front import Call, Receive, Scope, Send
 from proxy.gateway.headers import Headers, request_headers
 from proxy.gateway.idempotency import Idempotency, KeptAnswer, idempotency_word
 from proxy.gateway.limits import ClientLeft, Limits, check_headers, read_body
+from proxy.gateway.places import Place, Places
 from proxy.gateway.refusals import NOT_NOW, refusal_for, unavailable
 from proxy.gateway.relay import Order, Relay
 from proxy.gateway.settle import Settler
@@ -60,10 +61,14 @@ class ReservingLedger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """``cap_tokens_min``: the least output cap that is sent because a balance is short. Seconds are seconds."""
+    """``cap_tokens_min``: the least output cap that is sent because a balance is short. Seconds are seconds.
+
+    ``key_calls_max``: how many calls of one key may run at once in this process; 0: any number.
+    """
 
     cap_tokens_min: int = 64
     send_seconds: float = 30.0
+    key_calls_max: int = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +133,17 @@ class Chat:
         self._dialects = dialects
         self._metrics = metrics
         self._settings = settings or ChatSettings()
+        self._places = Places(self._settings.key_calls_max, settler.open_of)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
         """Serve one request. Raises Refusal before anything of the answer is written, never after."""
+        with self._places.place() as place:
+            await self._answer(scope, receive, send, call, place)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, call: Call, place: Place) -> None:
         arrived = asyncio.get_running_loop().time()
         try:
-            key, request = await self._admit(scope, receive, call)
+            key, request = await self._admit(scope, receive, call, place)
         except ClientLeft:
             return
         word = idempotency_word(scope["headers"])
@@ -149,6 +159,7 @@ class Chat:
             key, reserved = await self._reserve_claimed(claim, key, plan, request, call)
             cap = _cap(plan, request, reserved.granted)
             exchange = self._settler.open(self._ticket(key, plan, cap, request, reserved, call))
+            place.pass_on()
             try:
                 order = self._order(scope, key, request, plan, cap, secret)
             except BaseException:
@@ -160,7 +171,7 @@ class Chat:
                 await self._serve(client, exchange, order, claim, call)
                 self._tell(arrived, exchange, client)
 
-    async def _admit(self, scope: Scope, receive: Receive, call: Call) -> tuple[ApiKey, ChatRequest]:
+    async def _admit(self, scope: Scope, receive: Receive, call: Call, place: Place) -> tuple[ApiKey, ChatRequest]:
         """Who asks, and what, within the limits."""
         if self._settler.stopping:
             raise unavailable("shutting_down", "Farebox is shutting down; please retry.")
@@ -170,6 +181,7 @@ class Chat:
         key = await self._authenticator.authenticate(headers)
         call.facts.update(key_id=key.id, account_id=str(key.account_id))
         require_scope(key, "inference")
+        place.take(key.id)
         limits = self._limits.named(key.profile)
         check_headers(headers, limits)
         request = ChatRequest.parse(await read_body(receive, headers, limits), limits)

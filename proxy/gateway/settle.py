@@ -7,6 +7,7 @@ tasks do the rest: find the usage, price it, and have the ledger finalize or rel
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 from uuid import UUID
@@ -64,6 +65,7 @@ class Settler:
         self._seconds_max = seconds_max
         self._tick_seconds = tick_seconds
         self._open: set[Exchange] = set()
+        self._open_of: Counter[str] = Counter()
         self._settling = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -80,6 +82,10 @@ class Settler:
     def open_exchanges(self) -> int:
         return len(self._open)
 
+    def open_of(self, key_id: str) -> int:
+        """How many exchanges of that key are open."""
+        return self._open_of.get(key_id, 0)
+
     @property
     def unsettled(self) -> int:
         """Exchanges that have ended and whose charge the ledger hasn't confirmed."""
@@ -90,6 +96,7 @@ class Settler:
         clock = asyncio.get_running_loop().time
         exchange = Exchange(ticket, self._settle, count_each=self._count_each, clock=clock)
         self._open.add(exchange)
+        self._open_of[ticket.key_id] += 1
         self._metrics.hold_opened(ticket.granted)
         return exchange
 
@@ -155,8 +162,15 @@ class Settler:
 
     def _settle(self, exchange: Exchange) -> None:
         self._open.discard(exchange)
+        self._uncount(exchange.ticket.key_id)
         self._settling += 1
         self.own(self._end_hold(exchange))
+
+    def _uncount(self, key_id: str) -> None:
+        self._open_of[key_id] -= 1
+        if not self._open_of[key_id]:
+            # Or every key that ever called would stay here.
+            del self._open_of[key_id]
 
     async def _end_hold(self, exchange: Exchange) -> None:
         try:
