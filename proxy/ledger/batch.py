@@ -4,6 +4,7 @@ The rules it keeps:
 - Every call runs in a task of this object, never in the caller's: a caller may be cancelled at any moment.
 - A reserve whose caller has gone (cancelled, or told "too late") leaves nothing held. Not yet sent: it is dropped.
   Sent: it is released when its answer comes, or by a tombstone where the answer is lost.
+- An extension is absolute, so it is said again like all else; one whose caller has gone ends with its hold.
 - A finalize, once taken, is said again with the same id until the ledger has answered or this process stops.
 - One row that can't be carried out fails alone: a batch that fails is replayed in halves down to that row.
 - An account that somebody else has locked, or whose row was there whenever the connection broke, goes to a lane of
@@ -15,16 +16,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 from uuid import UUID
 
 import structlog
 
-from proxy.ledger.errors import LedgerError, LedgerUnavailable
 from proxy.ledger.lines import PAUSE_SECONDS_MAX, Keeper, Line, OpenLine, Verdict, judge
 from proxy.ledger.records import (
+    Extend,
+    Extended,
     Finalize,
     Finalized,
     Release,
@@ -32,6 +32,17 @@ from proxy.ledger.records import (
     Reserve,
     Reserved,
     ReserveOutcome,
+)
+from proxy.ledger.waiting import (
+    BatchLimits,
+    Item,
+    Kind,
+    Lane,
+    LedgerBusy,
+    LedgerStopped,
+    LedgerTimeout,
+    Remains,
+    RowRejected,
 )
 
 __all__ = [
@@ -53,91 +64,6 @@ TRIES_BEFORE_LANE = 2
 BREAKS_BEFORE_LANE = 4
 
 
-class LedgerBusy(LedgerUnavailable):
-    """Too many calls are waiting for the ledger, or for this account: nothing was held."""
-
-
-class LedgerTimeout(LedgerUnavailable):
-    """The ledger didn't answer in time: whatever it does with the call yet, nothing stays held."""
-
-
-class LedgerStopped(LedgerUnavailable):
-    """This process is stopping, or hasn't started: nothing was held."""
-
-
-class RowRejected(LedgerError):
-    """The database will never carry out this row, for what it says. Nothing was done."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """How much may wait, and how long. Seconds are real time."""
-
-    rows_max: int = 128
-    """Reserves, and settlements, in one call. More would keep the accounts locked for longer and gain nothing: it is
-    better that Postgres works on one call while this process hands out the answers of the last."""
-    waiting_max: int = 16_384
-    """Reserves without an answer, and settlements without one, above which no reserve is taken."""
-    account_waiting_max: int = 8_192
-    """Reserves waiting for one account that somebody else has locked."""
-    reserve_seconds: float = 5.0
-    """After this a reserve that has no answer fails with LedgerTimeout."""
-    call_seconds: float = 10.0
-    """A call without an answer is cut off with its connection. Keep it above the server's statement_timeout."""
-    lock_ms: int = 250
-    """How long a side line stands in the queue for a locked account's lock."""
-    side_lines: int = 4
-    """Connections for locked accounts, opened when they are first needed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """What was not carried out when the ledger was stopped. Empty (false) in all but the worst case."""
-
-    finalizes: tuple[Finalize, ...] = ()
-    holds: tuple[UUID, ...] = ()
-    """Holds that may still be open, left to the sweeper."""
-
-    def __bool__(self) -> bool:
-        return bool(self.finalizes or self.holds)
-
-
-class _Kind(Enum):
-    FINALIZE = "finalize"
-    RELEASE = "release"
-    RESERVE = "reserve"
-
-
-class _Item:
-    """One row and who waits for it.
-
-    ``done``: it is over, answered or dropped; the future may be done long before.
-    ``in_doubt``: a call that carried it broke, so the ledger may have carried it out. ``breaks``: how many did.
-    """
-
-    __slots__ = ("breaks", "deadline", "done", "future", "in_doubt", "kind", "row", "tries")
-
-    def __init__(self, kind: _Kind, row: Any, future: "asyncio.Future[Any]", deadline: float) -> None:
-        self.kind = kind
-        self.row = row
-        self.future = future
-        self.deadline = deadline
-        self.in_doubt = False
-        self.done = False
-        self.tries = 0
-        self.breaks = 0
-
-
-class _Lane:
-    """What waits for one account that somebody else has locked."""
-
-    __slots__ = ("account_id", "items")
-
-    def __init__(self, account_id: UUID) -> None:
-        self.account_id = account_id
-        self.items: deque[_Item] = deque()
-
-
 class _Broken(Exception):
     """The line broke while a call was in flight."""
 
@@ -150,7 +76,7 @@ def _observe_nothing(rows: int, seconds: float) -> None:
 
 
 class BatchedLedger:
-    """reserve, finalize and release, batched. Use it in one event loop, between ``start`` and ``stop``.
+    """reserve, extend, finalize and release, batched. Use it in one event loop, between ``start`` and ``stop``.
 
     ``open_line`` opens a connection and the ledger on it: one for the batches, and some for locked accounts.
     ``observe(rows, seconds)`` is told of every call that was answered.
@@ -168,11 +94,12 @@ class BatchedLedger:
         self._main = Keeper(open_line, "main")
         self._sides = [Keeper(open_line, f"side {number}") for number in range(self._limits.side_lines)]
         self._free_sides: asyncio.LifoQueue[Keeper] = asyncio.LifoQueue()
-        self._reserves: deque[_Item] = deque()
-        self._settlements: deque[_Item] = deque()
-        self._reserving: set[_Item] = set()
-        self._settling: set[_Item] = set()
-        self._lanes: dict[UUID, _Lane] = {}
+        self._settlements: deque[Item] = deque()
+        self._extends: deque[Item] = deque()
+        self._reserves: deque[Item] = deque()
+        self._awaited: set[Item] = set()
+        self._settling: set[Item] = set()
+        self._lanes: dict[UUID, Lane] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._work = asyncio.Event()
         self._ticking = False
@@ -195,16 +122,9 @@ class BatchedLedger:
         if not self._taking:
             raise LedgerStopped("the ledger takes no calls: it is stopping, or was not started")
         limits = self._limits
-        if len(self._reserving) >= limits.waiting_max or len(self._settling) >= limits.waiting_max:
+        if len(self._awaited) >= limits.waiting_max or len(self._settling) >= limits.waiting_max:
             raise LedgerBusy("too many calls are waiting for the ledger")
-        deadline = self._loop.time() + limits.reserve_seconds
-        item = _Item(_Kind.RESERVE, row, self._loop.create_future(), deadline)
-        self._reserving.add(item)
-        self._reserves.append(item)
-        self._work.set()
-        if not self._ticking:
-            self._ticking = True
-            self._loop.call_later(TICK_SECONDS, self._tick)
+        item = self._await(Kind.RESERVE, row)
         try:
             result: Reserved = await item.future
         except asyncio.CancelledError:
@@ -214,21 +134,32 @@ class BatchedLedger:
             raise
         return result
 
+    async def extend(self, row: Extend) -> Extended:
+        """Let an open hold grow. Raises LedgerUnavailable or RowRejected.
+
+        Where it raises or is cancelled the hold may have grown all the same: whatever ends the hold gives that back.
+        """
+        if not self._taking:
+            raise LedgerStopped("the ledger takes no calls: it is stopping, or was not started")
+        # However many wait: there are never more than holds that are open.
+        result: Extended = await self._await(Kind.EXTEND, row).future
+        return result
+
     def finalize(self, row: Finalize) -> "asyncio.Future[Finalized]":
         """Settle a hold. Taken at once, whether or not anybody awaits the future, and repeated until it is answered.
 
         The future raises RowRejected, or LedgerStopped where the process ended first; after ``stop`` this method does.
         """
-        return self._settle(_Kind.FINALIZE, row)
+        return self._settle(Kind.FINALIZE, row)
 
     def release(self, hold_id: UUID, account_id: UUID, worker_id: UUID) -> "asyncio.Future[Released]":
         """Give a hold back, or leave a tombstone where it is unknown. Taken at once and repeated like ``finalize``."""
-        return self._settle(_Kind.RELEASE, Release(hold_id, account_id, worker_id))
+        return self._settle(Kind.RELEASE, Release(hold_id, account_id, worker_id))
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """Reserves, and settlements (finalizes and releases), that have no answer yet."""
-        return len(self._reserving), len(self._settling)
+        """Reserves and extensions, and settlements (finalizes and releases), that have no answer yet."""
+        return len(self._awaited), len(self._settling)
 
     @property
     def connected(self) -> bool:
@@ -240,11 +171,11 @@ class BatchedLedger:
         self._taking = False
         until = time.monotonic() + limit_seconds
         # Looked for, since an event would have to be set by every call.
-        while (self._reserving or self._settling) and time.monotonic() < until:  # noqa: ASYNC110
+        while (self._awaited or self._settling) and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self._running = False
         keepers = (self._main, *self._sides)
-        if self._reserving or self._settling:
+        if self._awaited or self._settling:
             # Cut the lines first: a task that is cancelled inside asyncpg asks the server to cancel, and waits for it.
             for keeper in keepers:
                 keeper.terminate()
@@ -256,6 +187,22 @@ class BatchedLedger:
         for keeper in keepers:
             await keeper.close()
         return self._remains()
+
+    def _await(self, kind: Kind, row: Reserve | Extend) -> Item:
+        """Queue a row that is of use only as long as somebody waits for it, and only so long."""
+        item = Item(kind, row, self._loop.create_future(), self._loop.time() + self._limits.reserve_seconds)
+        self._awaited.add(item)
+        self._queue(kind).append(item)
+        self._work.set()
+        if not self._ticking:
+            self._ticking = True
+            self._loop.call_later(TICK_SECONDS, self._tick)
+        return item
+
+    def _queue(self, kind: Kind) -> deque[Item]:
+        if kind is Kind.RESERVE:
+            return self._reserves
+        return self._extends if kind is Kind.EXTEND else self._settlements
 
     # The main line.
 
@@ -275,34 +222,34 @@ class BatchedLedger:
                 self._main.worked()
                 self._set_apart(apart)
 
-    def _take(self) -> list[_Item]:
+    def _take(self) -> list[Item]:
         """The next batch, settlements first. What belongs to a locked account goes to its lane instead."""
-        items: list[_Item] = []
-        for queue in (self._settlements, self._reserves):
+        items: list[Item] = []
+        for queue in (self._settlements, self._extends, self._reserves):
             room = self._limits.rows_max
             while queue and room:
                 item = queue.popleft()
-                if item.kind is _Kind.RESERVE and item.future.done():
+                if item.unwanted:
                     self._drop(item)
                 elif self._lanes and item.row.account_id in self._lanes:
                     self._to_lane(item)
                 else:
                     items.append(item)
                     room -= 1
-        if not self._settlements and not self._reserves:
+        if not (self._settlements or self._extends or self._reserves):
             self._work.clear()
         return items
 
-    def _put_back(self, items: Iterable[_Item]) -> None:
+    def _put_back(self, items: Iterable[Item]) -> None:
         """To the front of the queues, in their order, with the same ids: the ledger knows what it has done already."""
         for item in reversed(list(items)):
-            if item.kind is _Kind.RESERVE and item.future.done():
+            if item.unwanted:
                 self._drop(item)
             else:
-                (self._reserves if item.kind is _Kind.RESERVE else self._settlements).appendleft(item)
+                self._queue(item.kind).appendleft(item)
                 self._work.set()
 
-    def _after_break(self, items: list[_Item]) -> None:
+    def _after_break(self, items: list[Item]) -> None:
         """Once more, with the same ids. What was there each time may be what breaks the connection: to its lane."""
         again = []
         for item in items:
@@ -313,7 +260,7 @@ class BatchedLedger:
                 self._to_lane(item)
         self._put_back(again)
 
-    def _set_apart(self, items: list[_Item]) -> None:
+    def _set_apart(self, items: list[Item]) -> None:
         """These met a lock. Mostly that is another process's batch, gone a moment later: one more try, then a lane."""
         again = []
         for item in items:
@@ -326,18 +273,18 @@ class BatchedLedger:
 
     # The lanes of locked accounts.
 
-    def _to_lane(self, item: _Item) -> None:
+    def _to_lane(self, item: Item) -> None:
         account_id = item.row.account_id
         lane = self._lanes.get(account_id)
         if lane is None:
-            lane = self._lanes[account_id] = _Lane(account_id)
+            lane = self._lanes[account_id] = Lane(account_id)
             self._own(self._drain(lane))
-        if item.kind is _Kind.RESERVE and len(lane.items) >= self._limits.account_waiting_max:
+        if item.kind is Kind.RESERVE and len(lane.items) >= self._limits.account_waiting_max:
             self._fail(item, LedgerBusy("too many calls are waiting for this account"))
         else:
             lane.items.append(item)
 
-    async def _drain(self, lane: _Lane) -> None:
+    async def _drain(self, lane: Lane) -> None:
         """Carry out what is in the lane until it is empty: wait for the lock once, then look for it now and then."""
         pause = 0.0
         while lane.items and self._running:
@@ -348,7 +295,7 @@ class BatchedLedger:
                 items = self._take_from(lane)
                 if not items:
                     continue
-                apart: list[_Item] = []
+                apart: list[Item] = []
                 try:
                     apart = await self._carry_out(line, items, wait_ms=0 if pause else self._limits.lock_ms)
                 except _Broken as error:
@@ -361,12 +308,12 @@ class BatchedLedger:
         if not lane.items:
             del self._lanes[lane.account_id]
 
-    def _take_from(self, lane: _Lane) -> list[_Item]:
+    def _take_from(self, lane: Lane) -> list[Item]:
         """The lane's next call."""
-        taken: list[_Item] = []
+        taken: list[Item] = []
         while lane.items and len(taken) < self._limits.rows_max:
             item = lane.items.popleft()
-            if item.kind is _Kind.RESERVE and item.future.done():
+            if item.unwanted:
                 self._drop(item)
             else:
                 taken.append(item)
@@ -391,10 +338,11 @@ class BatchedLedger:
 
     # Calls and their answers.
 
-    async def _carry_out(self, line: Line, items: list[_Item], *, wait_ms: int) -> list[_Item]:
+    async def _carry_out(self, line: Line, items: list[Item], *, wait_ms: int) -> list[Item]:
         """Carry out the items. Returns those to be tried again apart. Raises _Broken."""
-        apart: list[_Item] = []
-        parts = [items]
+        apart: list[Item] = []
+        # The last is the first: what streams that run ask for comes before what new ones do.
+        parts = [part for part in _by_call(items) if part]
         while parts:
             part = parts.pop()
             try:
@@ -412,27 +360,18 @@ class BatchedLedger:
                     self._reject(part[0], error)
         return apart
 
-    async def _call(self, line: Line, items: list[_Item], wait_ms: int, apart: list[_Item]) -> None:
+    async def _call(self, line: Line, items: list[Item], wait_ms: int, apart: list[Item]) -> None:
         """One call for all items. What met a lock is added to ``apart``; the others' answers are on their way."""
-        finalizes = [item for item in items if item.kind is _Kind.FINALIZE]
-        releases = [item for item in items if item.kind is _Kind.RELEASE]
-        reserves = [item for item in items if item.kind is _Kind.RESERVE]
         cut = self._loop.call_later(self._limits.call_seconds, line.terminate)
         began = time.perf_counter()
         try:
-            finalized, reserved, released = await line.calls.batch(
-                [item.row for item in finalizes],
-                [item.row for item in reserves],
-                [item.row for item in releases],
-                wait_ms=wait_ms,
-            )
+            results = await _ask(line, items, wait_ms)
         finally:
             cut.cancel()
         self._observe(len(items), time.perf_counter() - began)
         answered = []
-        results: list[Any] = [*finalized, *released, *reserved]
-        for item, result in zip(finalizes + releases + reserves, results, strict=True):
-            if (result.state if item.kind is _Kind.RELEASE else result.outcome) == _BUSY:
+        for item, result in results:
+            if (result.state if item.kind is Kind.RELEASE else result.outcome) == _BUSY:
                 apart.append(item)
             else:
                 item.done = True
@@ -440,37 +379,37 @@ class BatchedLedger:
         # Delivered a moment later, so that the next call is under way while the callers wake up.
         self._loop.call_soon(self._deliver, answered)
 
-    def _deliver(self, answered: "list[tuple[_Item, Any]]") -> None:
+    def _deliver(self, answered: "list[tuple[Item, Any]]") -> None:
         for item, result in answered:
             self._settling.discard(item)
-            self._reserving.discard(item)
+            self._awaited.discard(item)
             claimed = not item.future.done()
             if claimed:
                 item.future.set_result(result)
-            if item.kind is _Kind.RESERVE and (item.in_doubt or not claimed):
+            if item.kind is Kind.RESERVE and (item.in_doubt or not claimed):
                 granted = result.outcome is ReserveOutcome.GRANTED
                 # Refused, after a call that broke: that one may yet arrive, and get what was not to be had before.
                 if not claimed if granted else item.in_doubt and result.outcome in _MAY_PASS:
                     self._give_back(item.row)
 
-    def _reject(self, item: _Item, error: Exception) -> None:
+    def _reject(self, item: Item, error: Exception) -> None:
         log.error("the ledger rejects a row", call=item.kind.value, hold=str(item.row.hold_id), reason=str(error))
         rejected = RowRejected(f"the ledger rejects this {item.kind.value}: {error}")
         rejected.__cause__ = error
         self._fail(item, rejected)
 
-    def _fail(self, item: _Item, error: Exception) -> None:
+    def _fail(self, item: Item, error: Exception) -> None:
         """The item is over without an answer."""
         if not item.future.done():
             item.future.set_exception(error)
         self._drop(item)
 
-    def _drop(self, item: _Item) -> None:
+    def _drop(self, item: Item) -> None:
         """The item is over. A reserve that may have been carried out without our knowing is released."""
         item.done = True
         self._settling.discard(item)
-        self._reserving.discard(item)
-        if item.in_doubt and item.kind is _Kind.RESERVE:
+        self._awaited.discard(item)
+        if item.in_doubt and item.kind is Kind.RESERVE:
             self._give_back(item.row)
 
     def _give_back(self, row: Reserve) -> None:
@@ -482,10 +421,10 @@ class BatchedLedger:
 
     # Time, and the end.
 
-    def _settle(self, kind: _Kind, row: Finalize | Release) -> "asyncio.Future[Any]":
+    def _settle(self, kind: Kind, row: Finalize | Release) -> "asyncio.Future[Any]":
         if not self._running:
             raise LedgerStopped("the ledger takes no calls: it has stopped, or was not started")
-        item = _Item(kind, row, self._loop.create_future(), 0.0)
+        item = Item(kind, row, self._loop.create_future(), 0.0)
         self._settling.add(item)
         self._settlements.append(item)
         self._work.set()
@@ -494,14 +433,16 @@ class BatchedLedger:
     def _tick(self) -> None:
         """Tell the callers whose time is over. The items themselves are dropped, or released, where they wait."""
         now = self._loop.time()
-        late = [item for item in self._reserving if item.deadline <= now and not item.future.done()]
+        late = [item for item in self._awaited if item.deadline <= now and not item.future.done()]
         for item in late:
             item.future.set_exception(LedgerTimeout("the ledger did not answer in time"))
         if late:
-            log.warning("reserves were not answered in time", count=len(late))
-            waiting, self._reserves = self._reserves, deque()
+            log.warning("calls were not answered in time", count=len(late))
+            waiting = [*self._extends, *self._reserves]
+            self._extends.clear()
+            self._reserves.clear()
             self._put_back(waiting)
-        self._ticking = bool(self._reserving)
+        self._ticking = bool(self._awaited)
         if self._ticking:
             self._loop.call_later(TICK_SECONDS, self._tick)
 
@@ -520,10 +461,11 @@ class BatchedLedger:
         """Collect and report what has no answer, and tell whoever waits for it."""
         queued = set(self._reserves).union(*(lane.items for lane in self._lanes.values()))
         # A reserve that is neither queued nor answered was in flight when the lines were cut.
-        unclear = [item for item in self._reserving if item.in_doubt or item not in queued]
-        finalizes = [item for item in self._settling if item.kind is _Kind.FINALIZE]
-        releases = [item for item in self._settling if item.kind is _Kind.RELEASE]
-        for item in (*self._reserving, *self._settling):
+        reserves = [item for item in self._awaited if item.kind is Kind.RESERVE]
+        unclear = [item for item in reserves if item.in_doubt or item not in queued]
+        finalizes = [item for item in self._settling if item.kind is Kind.FINALIZE]
+        releases = [item for item in self._settling if item.kind is Kind.RELEASE]
+        for item in (*self._awaited, *self._settling):
             if not item.future.done():
                 item.future.set_exception(LedgerStopped("the process stopped before the ledger answered"))
                 _retrieve(item.future)
@@ -548,7 +490,30 @@ _MAY_PASS = frozenset(
 )
 
 
-def _in_doubt(items: list[_Item]) -> list[_Item]:
+async def _ask(line: Line, items: list[Item], wait_ms: int) -> list[tuple[Item, Any]]:
+    """One call, either for extensions or for everything else; each item with its answer."""
+    if items[0].kind is Kind.EXTEND:
+        extended = await line.calls.extend_batch([item.row for item in items], wait_ms=wait_ms)
+        return list(zip(items, extended, strict=True))
+    finalizes = [item for item in items if item.kind is Kind.FINALIZE]
+    releases = [item for item in items if item.kind is Kind.RELEASE]
+    reserves = [item for item in items if item.kind is Kind.RESERVE]
+    finalized, reserved, released = await line.calls.batch(
+        [item.row for item in finalizes],
+        [item.row for item in reserves],
+        [item.row for item in releases],
+        wait_ms=wait_ms,
+    )
+    return list(zip(finalizes + releases + reserves, [*finalized, *released, *reserved], strict=True))
+
+
+def _by_call(items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """Settlements and reserves go as one call, extensions as another."""
+    extends = [item for item in items if item.kind is Kind.EXTEND]
+    return ([item for item in items if item.kind is not Kind.EXTEND], extends) if extends else (items, [])
+
+
+def _in_doubt(items: list[Item]) -> list[Item]:
     """Those of a broken call that have no answer, marked as such."""
     unanswered = [item for item in items if not item.done]
     for item in unanswered:

@@ -13,7 +13,9 @@ from proxy.ledger.errors import LedgerUnavailable
 from proxy.ledger.records import (
     ApiKey,
     Expired,
+    Extend,
     Extended,
+    ExtendOutcome,
     Finalize,
     Finalized,
     FinalizeOutcome,
@@ -23,7 +25,6 @@ from proxy.ledger.records import (
     Reserve,
     Reserved,
     ReserveOutcome,
-    check_amount,
     check_text,
 )
 from proxy.ledger.rows import api_key
@@ -39,6 +40,7 @@ _BATCH = (
     "SELECT * FROM farebox.batch"
     "($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)"
 )
+_EXTEND = "SELECT * FROM farebox.extend_holds($1, $2, $3, $4, $5, $6)"
 
 
 class HoldLedger:
@@ -104,16 +106,31 @@ class HoldLedger:
         _, _, [released] = await self.batch((), (), (Release(hold_id, account_id, worker_id),), wait_ms=wait_ms)
         return released
 
-    async def extend(self, hold_id: UUID, account_id: UUID, worker_id: UUID, by: int, at_least: int) -> Extended:
-        """Add ``by`` microcredits to an open hold, or as much as is available down to ``at_least``."""
-        check_amount("by", by)
-        check_amount("at_least", at_least)
-        with translated():
-            row = await self._database.fetchrow(
-                "SELECT * FROM farebox.extend($1, $2, $3, $4, $5)", hold_id, account_id, worker_id, by, at_least
-            )
-        assert row is not None
-        return Extended(row["granted"], row["total"], row["state"])
+    async def extend_batch(self, rows: Sequence[Extend], *, wait_ms: int = 0) -> list[Extended]:
+        """Let open holds grow, row by row in effect; results as ordered. ``wait_ms`` is ``batch``'s."""
+        if not rows:
+            return []
+        arguments = (
+            [row.hold_id for row in rows],
+            [row.account_id for row in rows],
+            [row.worker_id for row in rows],
+            [row.total for row in rows],
+            [row.at_least for row in rows],
+        )
+        try:
+            with translated():
+                results = await self._database.fetch(_EXTEND, *arguments, wait_ms)
+        except LedgerUnavailable as error:
+            if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                raise
+            return [Extended(ExtendOutcome.BUSY)] * len(rows)
+        results.sort(key=_row_number)
+        return [_extended(result) for result in results]
+
+    async def extend(self, row: Extend, *, wait_ms: int = SINGLE_WAIT_MS) -> Extended:
+        """Let one open hold grow."""
+        [extended] = await self.extend_batch((row,), wait_ms=wait_ms)
+        return extended
 
     async def start_worker(self, worker_id: UUID, hostname: str, release: str) -> bool:
         """Register this process and begin its lease. False: the id has been used and stopped; take another."""
@@ -206,6 +223,11 @@ def _row_number(result: asyncpg.Record) -> int:
 def _reserved(result: asyncpg.Record) -> Reserved:
     _, outcome, amount, _, balance, held, debt, spend_left = result
     return Reserved(_RESERVE_OUTCOMES[outcome], amount, balance, held, debt, spend_left)
+
+
+def _extended(result: asyncpg.Record) -> Extended:
+    _, outcome, amount, balance, held, debt, spend_left = result
+    return Extended(ExtendOutcome(outcome), amount, balance, held, debt, spend_left)
 
 
 def _finalized(result: asyncpg.Record) -> Finalized:

@@ -18,7 +18,18 @@ import structlog
 from proxy.ledger.connect import Role, connect
 from proxy.ledger.errors import LedgerError, LedgerUnavailable
 from proxy.ledger.holds import HoldLedger
-from proxy.ledger.records import Expired, Finalize, Finalized, Mark, Release, Released, Reserve, Reserved
+from proxy.ledger.records import (
+    Expired,
+    Extend,
+    Extended,
+    Finalize,
+    Finalized,
+    Mark,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+)
 
 __all__ = ["PAUSE_SECONDS_MAX", "Calls", "Keeper", "Line", "OpenLine", "Verdict", "judge", "lines_to"]
 
@@ -43,6 +54,7 @@ class Calls(Protocol):
         *,
         wait_ms: int = 0,
     ) -> tuple[Sequence[Finalized], Sequence[Reserved], Sequence[Released]]: ...
+    async def extend_batch(self, rows: Sequence[Extend], *, wait_ms: int = 0) -> Sequence[Extended]: ...
     async def start_worker(self, worker_id: UUID, hostname: str, release: str, /) -> object: ...
     async def heartbeat(self, worker_id: UUID, marks: Sequence[Mark], /) -> bool: ...
     async def stop_worker(self, worker_id: UUID, /) -> object: ...

@@ -18,6 +18,8 @@ __all__ = [
     "ApiKey",
     "Ended",
     "Expired",
+    "Extend",
+    "ExtendOutcome",
     "Extended",
     "Finalize",
     "FinalizeOutcome",
@@ -257,13 +259,60 @@ class Released:
     state: str
 
 
+class ExtendOutcome(StrEnum):
+    """What became of an extension."""
+
+    EXTENDED = "extended"
+    """The hold holds ``at_least``, by this call or before it."""
+    INSUFFICIENT = "insufficient"
+    """The account wouldn't carry ``at_least`` if it held nothing else, or debt stands."""
+    SPEND_LIMIT = "spend_limit"
+    """Nor would the key's own spend limit."""
+    CREDITS_HELD = "credits_held"
+    """They would, but other holds take it now."""
+    WORKER_LAPSED = "worker_lapsed"
+    ENDED = "ended"
+    """The hold has ended: settled, released, or expired by the sweeper."""
+    CONFLICT = "conflict"
+    """It is another account's or another worker's."""
+    UNKNOWN = "unknown"
+    BUSY = "busy"
+    """Somebody else has the account locked: nothing was done, try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Let an open hold hold ``total`` microcredits in all, or as much as is available, down to ``at_least`` in all.
+
+    Absolute, so that it may be said again. Raises InvalidValue unless 0 <= at_least <= total <= AMOUNT_MAX.
+    """
+
+    hold_id: UUID
+    account_id: UUID
+    worker_id: UUID
+    total: int
+    at_least: int
+
+    def __post_init__(self) -> None:
+        check_amount("total", self.total)
+        check_amount("at_least", self.at_least)
+        if self.at_least > self.total:
+            raise InvalidValue(f"at_least is {self.at_least}, above total, {self.total}")
+
+
 @dataclass(frozen=True, slots=True)
 class Extended:
-    """``granted``: microcredits added to the hold by this call; 0 if refused. ``total``: what it holds now."""
+    """``total``: what the hold holds now, whatever the outcome; 0 where it isn't the caller's.
 
-    granted: int
-    total: int
-    state: str
+    Balance, held and debt are the account's after the call, spend_limit_left the key's.
+    """
+
+    outcome: ExtendOutcome
+    total: int = 0
+    balance: int = 0
+    held: int = 0
+    debt: int = 0
+    spend_limit_left: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

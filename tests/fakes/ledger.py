@@ -16,6 +16,9 @@ from proxy.core.usage import Usage
 from proxy.ledger.lines import Line
 from proxy.ledger.records import (
     Expired,
+    Extend,
+    Extended,
+    ExtendOutcome,
     Finalize,
     Finalized,
     FinalizeOutcome,
@@ -42,10 +45,11 @@ class Call:
     reserves: tuple[UUID, ...]
     releases: tuple[UUID, ...]
     wait_ms: int
+    extends: tuple[UUID, ...] = ()
 
     @property
     def rows(self) -> int:
-        return len(self.finalizes) + len(self.reserves) + len(self.releases)
+        return len(self.finalizes) + len(self.reserves) + len(self.releases) + len(self.extends)
 
 
 @dataclass(slots=True)
@@ -118,6 +122,10 @@ class FakeLedger:
             *("v", "m", "standard", "stop", "{}", b"f%d" % charge),
         )
 
+    def an_extend(self, row: Reserve, total: int, at_least: int | None = None) -> Extend:
+        """That hold's growth to ``total``, all of it unless ``at_least`` says less."""
+        return Extend(row.hold_id, row.account_id, row.worker_id, total, total if at_least is None else at_least)
+
     async def until(self, true: Callable[[], object], seconds: float = 5.0) -> None:
         """Wait until ``true()`` is."""
         async with asyncio.timeout(seconds):
@@ -185,6 +193,23 @@ class _FakeCalls:
         ]
         return finalized, reserved, released
 
+    async def extend_batch(self, rows: Sequence[Extend], *, wait_ms: int = 0) -> Sequence[Extended]:
+        ledger = self._ledger
+        call = Call((), (), (), wait_ms, _ids(rows))
+        ledger.calls.append(call)
+        if ledger.deadly.intersection(call.extends):
+            ledger.lose = "request"
+        return await self._say(lambda: self._carry_out_extends(rows), wait_ms)
+
+    def _carry_out_extends(self, rows: Sequence[Extend]) -> Sequence[Extended]:
+        ledger = self._ledger
+        if ledger.poison.intersection(_ids(rows)):
+            raise asyncpg.CheckViolationError("a fake constraint is violated")
+        return [
+            Extended(ExtendOutcome.BUSY) if row.account_id in ledger.locked else ledger.oracle.extend(row)
+            for row in rows
+        ]
+
     async def start_worker(self, worker_id: UUID, hostname: str, release: str) -> bool:
         return await self._say(lambda: self._ledger.oracle.leases.setdefault(worker_id, True))
 
@@ -245,5 +270,5 @@ class _FakeCalls:
             raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
 
 
-def _ids(rows: Iterable[Finalize | Reserve | Release]) -> tuple[UUID, ...]:
+def _ids(rows: Iterable[Finalize | Reserve | Release | Extend]) -> tuple[UUID, ...]:
     return tuple(row.hold_id for row in rows)

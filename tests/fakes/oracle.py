@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from proxy.ledger.records import (
+    Extend,
     Extended,
+    ExtendOutcome,
     Finalize,
     Finalized,
     FinalizeOutcome,
@@ -156,19 +158,33 @@ class Oracle:
         hold.state = "released" if open_before else "final"
         return Released(released, hold.state)
 
-    def extend(self, hold_id: UUID, account_id: UUID, worker_id: UUID, by: int, at_least: int) -> Extended:
-        hold = self.holds.get(hold_id)
-        if hold is None or hold.account_id != account_id:
-            return Extended(0, 0, "unknown")
-        account = self.accounts[account_id]
-        left = self.spend_left(hold.key_id)
-        granted = min(by, account.available, by if left is None else left)
-        own = hold.state == "open" and hold.worker_id == worker_id and self.leases.get(worker_id, False)
-        if not own or account.debt or granted < at_least or granted <= 0:
-            return Extended(0, hold.amount, hold.state)
-        hold.amount += granted
-        account.held += granted
-        return Extended(granted, hold.amount, "open")
+    def extend(self, row: Extend) -> Extended:
+        account, hold = self.accounts.get(row.account_id), self.holds.get(row.hold_id)
+        if account is None:
+            return Extended(ExtendOutcome.UNKNOWN)
+        total, left = 0, None
+        if hold is None:
+            outcome = ExtendOutcome.UNKNOWN
+        elif (hold.account_id, hold.worker_id) != (row.account_id, row.worker_id):
+            outcome = ExtendOutcome.CONFLICT
+        elif hold.state != "open":
+            outcome, total = ExtendOutcome.ENDED, hold.amount
+        else:
+            left = self.spend_left(hold.key_id)
+            room = account.available if left is None else min(account.available, left)
+            growth = max(min(row.total - hold.amount, room), 0) if self.leases.get(row.worker_id, False) else 0
+            outcome = self._extendable(account, hold, row, hold.amount + growth)
+            if outcome is ExtendOutcome.EXTENDED:
+                hold.amount += growth
+                account.held += growth
+                left = None if left is None else left - growth
+            total = hold.amount
+        return Extended(outcome, total, account.balance, account.held, account.debt, left)
+
+    def extend_batch(self, rows: Sequence[Extend]) -> list[Extended]:
+        """As if said one after the other, an account's holds in the order of their ids."""
+        said = {n: self.extend(rows[n]) for n in sorted(range(len(rows)), key=lambda n: (rows[n].hold_id, n))}
+        return [said[n] for n in range(len(rows))]
 
     # Workers and the sweeper.
 
@@ -179,9 +195,9 @@ class Oracle:
             hold.mark = max(hold.mark, cost)
 
     def expire_holds(self) -> dict[UUID, int]:
-        """Every open hold of a worker without a lease is charged provisionally, at its mark."""
+        """Every open hold of a worker without a lease is charged provisionally, at its mark; in the ids' order."""
         expired = {}
-        for hold_id, hold in self.holds.items():
+        for hold_id, hold in sorted(self.holds.items()):
             if hold.state == "open" and not self.leases.get(hold.worker_id, False):
                 self._settle(hold, min(hold.mark, hold.amount))
                 hold.state = "provisional"
@@ -244,6 +260,19 @@ class Oracle:
             account.post("true_up" if hold.state == "provisional" else "charge", -due)
         hold.charge = charge
         account.pay_debt()
+
+    def _extendable(self, account: OracleAccount, hold: OracleHold, row: Extend, total: int) -> ExtendOutcome:
+        """What becomes of it if the hold can hold so much."""
+        family = self.keys[hold.key_id].family if hold.key_id in self.keys else None
+        if total >= row.at_least:
+            return ExtendOutcome.EXTENDED
+        if not self.leases.get(row.worker_id, False):
+            return ExtendOutcome.WORKER_LAPSED
+        if account.debt or account.balance < row.at_least:
+            return ExtendOutcome.INSUFFICIENT
+        if family in self.limits and self.limits[family] - self.spend(family)[0] < row.at_least:
+            return ExtendOutcome.SPEND_LIMIT
+        return ExtendOutcome.CREDITS_HELD
 
     def _refusal(self, row: Reserve) -> ReserveOutcome:
         """Why it can't be admitted, whatever the balance; GRANTED if nothing is against it."""

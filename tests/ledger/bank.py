@@ -14,7 +14,7 @@ from proxy.core.usage import Usage
 from proxy.ledger.connect import Connection, Pool, Role, connect, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.holds import HoldLedger
-from proxy.ledger.records import Account, ApiKey, Finalize, Finalized, Released, Reserve, Reserved
+from proxy.ledger.records import Account, ApiKey, Extend, Extended, Finalize, Finalized, Released, Reserve, Reserved
 from tests.postgres import Database
 
 __all__ = ["BODY", "VERSION", "Bank", "open_bank", "uuid7"]
@@ -116,6 +116,16 @@ class Bank:
     async def finalize(self, reserve: Reserve, charge: int, **changes: Any) -> Finalized:
         """Finalize that reserve."""
         return await self.holds.finalize(self.a_finalize(reserve, charge, **changes))
+
+    def an_extend(self, reserve: Reserve, total: int, at_least: int | None = None, **changes: Any) -> Extend:
+        """That hold's growth to ``total``, all of it unless ``at_least`` says less."""
+        least = total if at_least is None else at_least
+        made = Extend(reserve.hold_id, reserve.account_id, reserve.worker_id, total, least)
+        return replace(made, **changes)
+
+    async def extend(self, reserve: Reserve, total: int, at_least: int | None = None, **changes: Any) -> Extended:
+        """Extend that reserve's hold."""
+        return await self.holds.extend(self.an_extend(reserve, total, at_least, **changes))
 
     async def release(self, reserve: Reserve) -> Released:
         """Release that reserve."""

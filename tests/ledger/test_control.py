@@ -11,7 +11,7 @@ import pytest
 
 from proxy.core.money import AMOUNT_MAX
 from proxy.ledger.errors import Conflict, InvalidValue, Unknown
-from proxy.ledger.records import Account, ApiKey, ReserveOutcome, Transfer
+from proxy.ledger.records import Account, ApiKey, ExtendOutcome, ReserveOutcome, Transfer
 from tests.ledger.bank import Bank
 
 GRANTED = ReserveOutcome.GRANTED
@@ -301,8 +301,8 @@ async def test_a_spend_limit_counts_what_is_held_and_what_was_charged(bank: Bank
     assert (await bank.control.find_key(key.id)).spent == 250
     assert (await bank.reserve(key, 251))[1].outcome is ReserveOutcome.SPEND_LIMIT
     fourth, _ = await bank.reserve(key, 250)
-    extended = await bank.holds.extend(fourth.hold_id, key.account_id, bank.worker_id, 10, 0)
-    assert extended.granted == 0
+    extended = await bank.extend(fourth, 260)
+    assert (extended.outcome, extended.total, extended.spend_limit_left) == (ExtendOutcome.SPEND_LIMIT, 250, 0)
     await bank.finalize(fourth, 300)
     assert (await bank.reserve(key, 1))[1].outcome is ReserveOutcome.SPEND_LIMIT
     await bank.control.reverse(first.hold_id, 150, reference=None, actor="test", reason=None)

@@ -335,36 +335,6 @@ async def test_an_empty_batch_is_nothing(bank: Bank) -> None:
     assert await bank.holds.batch([], []) == ([], [], [])
 
 
-# Extend
-
-
-async def test_a_hold_is_extended_by_what_is_available(bank: Bank) -> None:
-    account, key = await bank.open_account(1000)
-    reserve, _ = await bank.reserve(key, 400)
-    ids = (reserve.hold_id, account.id, bank.worker_id)
-    first = await bank.holds.extend(*ids, 500, 500)
-    second = await bank.holds.extend(*ids, 500, 50)
-    third = await bank.holds.extend(*ids, 500, 50)
-    assert [(e.granted, e.total, e.state) for e in (first, second, third)] == [
-        (500, 900, "open"),
-        (100, 1000, "open"),
-        (0, 1000, "open"),
-    ]
-    assert await bank.money(account.id) == (1000, 1000, 0)
-    assert (await bank.finalize(reserve, 950)).charge == 950
-    assert (await bank.holds.extend(*ids, 10, 0)).state == "final"
-    assert (await bank.holds.extend(uuid4(), account.id, bank.worker_id, 10, 0)).state == "unknown"
-
-
-async def test_only_the_worker_that_holds_it_extends_and_only_on_its_lease(bank: Bank) -> None:
-    account, key = await bank.open_account(1000)
-    reserve, _ = await bank.reserve(key, 400)
-    assert (await bank.holds.extend(reserve.hold_id, account.id, uuid4(), 10, 0)).granted == 0
-    await bank.lapse()
-    assert (await bank.holds.extend(reserve.hold_id, account.id, bank.worker_id, 10, 0)).granted == 0
-    assert await bank.money(account.id) == (1000, 400, 0)
-
-
 # What never gets in
 
 

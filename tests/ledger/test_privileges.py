@@ -13,6 +13,7 @@ from tests.postgres import Database
 GATEWAY = {
     "batch",
     "extend",
+    "extend_holds",
     "start_worker",
     "stop_worker",
     "heartbeat",

@@ -29,6 +29,8 @@ from proxy.ledger.audit import audit
 from proxy.ledger.errors import Conflict
 from proxy.ledger.records import (
     ApiKey,
+    Extend,
+    ExtendOutcome,
     Finalize,
     Finalized,
     FinalizeOutcome,
@@ -45,6 +47,7 @@ from tests.postgres import Database
 
 # The same few amounts over and over, so that things come out even, and one too many, often.
 AMOUNTS = st.sampled_from([0, 1, 2, 5, 10, 20, 50, 100])
+TOTALS = st.sampled_from([0, 5, 20, 50, 100, 150, 300, 700])
 BALANCES = st.sampled_from([200, 500, 50, 0])
 SLOTS = st.integers(0, 63)
 RARELY = st.sampled_from([False] * 7 + [True])
@@ -52,7 +55,7 @@ TWICE = st.sampled_from([False, False, True])
 SOURCES = st.sampled_from(["reported", "reported", "counted"])
 
 RUNS = settings(
-    max_examples=70,
+    max_examples=90,
     stateful_step_count=50,
     derandomize=True,
     database=None,
@@ -63,10 +66,11 @@ RUNS = settings(
 # What the runs must have come across, or they prove little.
 REACHED = {
     *(f"reserve {outcome.value}" for outcome in ReserveOutcome if outcome is not ReserveOutcome.BUSY),
+    *(f"extend {outcome.value}" for outcome in ExtendOutcome if outcome not in ("busy", "unknown")),
     *(f"finalize {outcome.value}" for outcome in FinalizeOutcome if outcome is not FinalizeOutcome.BUSY),
     *(f"book {kind}" for kind in ("grant", "charge", "true_up", "overrun", "debt_payment", "reversal")),
     *(f"release {state}" for state in ("released", "final", "conflict", "unknown")),
-    *("true_up up", "true_up down", "mark charged", "spend_limit binds", "extended", "not extended", "reversed spend"),
+    *("true_up up", "true_up down", "mark charged", "spend_limit binds", "reversed spend"),
 }
 
 
@@ -215,14 +219,43 @@ class LedgerMachine(RuleBasedStateMachine):
             self.say_finalize(self.bank.a_finalize(row, charge))
 
     @precondition(lambda self: self.rows)
-    @rule(slot=SLOTS, by=AMOUNTS, at_least=AMOUNTS, foreign=RARELY)
-    def extend(self, slot: int, by: int, at_least: int, foreign: bool) -> None:
+    @rule(slot=SLOTS, total=TOTALS, at_least=TOTALS, wrong=RARELY, twice=TWICE)
+    def extend(self, slot: int, total: int, at_least: int, wrong: bool, twice: bool) -> None:
+        row = self.an_extend(slot, total, at_least)
+        for _ in range(1 + twice):
+            self.say_extend(replace(row, worker_id=uuid4()) if wrong else row)
+
+    @rule(slot=SLOTS, want=AMOUNTS, beside=TOTALS, all_of_it=st.booleans(), total=TOTALS, lapsed=RARELY)
+    def extend_beside_another(
+        self, slot: int, want: int, beside: int, all_of_it: bool, total: int, lapsed: bool
+    ) -> None:
+        """A stream runs, another one takes most of what there is, and the first wants more."""
+        self.say_reserve(self.a_reserve(slot, want, 0))
+        self.say_reserve(self.a_reserve(slot, beside, beside if all_of_it else 0))
+        if lapsed:
+            self.worker_dies(stopped=False, swept=False, replaced=False)
+        self.say_extend(self.an_extend(1, total, total))
+
+    def say_extend(self, row: Extend) -> None:
+        said = self.run(self.bank.holds.extend(row))
+        assert said == self.oracle.extend(row)
+        self.reached[f"extend {said.outcome}"] += 1
+
+    @precondition(lambda self: self.rows)
+    @rule(asked=st.lists(st.tuples(SLOTS, TOTALS, TOTALS), min_size=2, max_size=6), stranger=RARELY)
+    def extend_batch(self, asked: list[tuple[int, int, int]], stranger: bool) -> None:
+        """Several in one call; the same hold may occur twice, and one that never was."""
+        rows = [self.an_extend(*each) for each in asked]
+        if stranger:
+            rows[0] = replace(rows[0], hold_id=uuid4())
+        said = self.run(self.bank.holds.extend_batch(rows))
+        assert said == self.oracle.extend_batch(rows)
+        for each in said:
+            self.reached[f"extend {each.outcome}"] += 1
+
+    def an_extend(self, slot: int, total: int, at_least: int) -> Extend:
         row = self.row(slot)
-        worker_id = uuid4() if foreign else row.worker_id
-        asked = (row.hold_id, row.account_id, worker_id, max(by, at_least), min(by, at_least))
-        said = self.run(self.bank.holds.extend(*asked))
-        assert said == self.oracle.extend(*asked)
-        self.reached["extended" if said.granted else "not extended"] += 1
+        return Extend(row.hold_id, row.account_id, row.worker_id, max(total, at_least), min(total, at_least))
 
     @rule(
         new=st.lists(st.tuples(SLOTS, AMOUNTS, AMOUNTS), max_size=6),
@@ -240,7 +273,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """New reserves, known ones, and ends of either, all in one call; the same hold may occur several times."""
         reserves = [self.a_reserve(*each) for each in new]
         if self.rows:
-            reserves += [self.row(slot) for slot in again]
+            # Known ones: said again beside others, what was refused may be refused for another reason.
+            reserves += [row for row in map(self.row, again) if row.hold_id in self.oracle.holds]
             finalizes = [
                 self.bank.a_finalize(self.row(slot), charge, usage_source=source) for slot, charge, source in ends
             ]

@@ -1,0 +1,2 @@
+-- Holds grow while their answers run: see functions/0003. Nothing that was there before is changed.
+-- serves code from: 1
