@@ -35,6 +35,7 @@ from proxy.gateway.exchange import Ending
 from proxy.gateway.front import Front, Receive, Scope, Send
 from proxy.gateway.idempotency import Idempotency, IdempotencySettings
 from proxy.gateway.limits import DEFAULT, Limits, LimitsProfile
+from proxy.gateway.marks import Marks
 from proxy.gateway.measured import MeasuredLedger
 from proxy.gateway.relay import Relay
 from proxy.gateway.settle import Settler
@@ -295,7 +296,7 @@ async def _money(
         open_line,
         hostname=platform.node(),
         release=RELEASE,
-        marks=lambda: (),
+        marks=Marks(lambda: settler.exchanges, counter.count_each, metrics=metrics),
         on_lapse=lambda: settler.cut_all(Ending.LEASE_LAPSED),
         lease_seconds=timing.lease_seconds,
         renew_seconds=timing.renew_seconds,

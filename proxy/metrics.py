@@ -134,6 +134,12 @@ class Metrics:
         self._batch_size.observe(rows)
         self._calls["batch"].observe(seconds)
 
+    def marks_gathered(self, seconds: float, *, late: bool) -> None:
+        """The open answers were counted for a heartbeat in ``seconds``; ``late``: not all of them in time."""
+        self._marks_seconds.observe(seconds)
+        if late:
+            self._marks_late.inc()
+
     def watch(
         self,
         *,
@@ -206,6 +212,8 @@ class Metrics:
         self._failures = {operation: failures.labels(operation) for operation in LEDGER_OPERATIONS}
         self._batch_size = self._histogram("ledger_batch_size", "Rows in one batched call.", _BATCH_SIZES)
         self._unsettled = self._gauge("unsettled_finalizes", "Ended answers whose charge is not yet in the ledger.")
+        self._marks_seconds = self._histogram("marks_seconds", "Counting open answers for a heartbeat.", _FAST_SECONDS)
+        self._marks_late = self._counter("marks_late_total", "Heartbeats for which not all open answers were counted.")
         self._lease = self._gauge("worker_lease_held", "1 while this process may admit requests.")
 
     def _make_catalog(self) -> None:

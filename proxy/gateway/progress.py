@@ -42,6 +42,8 @@ OPEN_CHARS_MAX = 4_096
 # Bytes of UTF-8 for a token, about, where it can't be counted.
 BYTES_PER_TOKEN = 3
 CHECKPOINTS_MAX = 64
+# Of one text, for one mark: what is more is counted for the next.
+MARK_CHARS_MAX = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class Counting:
     parts: list[_Part]
     whole_bytes: int | None
     """The UTF-8 bytes of the answer's text, where all of it is counted."""
+    complete: bool
+    """Whether it goes as far as it was asked to."""
     checkpoint: _Checkpoint | None
 
 
@@ -127,6 +131,13 @@ class Progress:
         self._tallies: dict[GrowingText, _Tally] = {}
         self._reached: _Checkpoint | None = None
         self._ahead: deque[_Checkpoint] = deque(maxlen=CHECKPOINTS_MAX)
+        self.marked: Usage | None = None
+        """The last mark that was made."""
+        self.stored: Usage | None = None
+        """The last one that the ledger has."""
+        self.marked_at = 0.0
+        """When it was made, by the loop's clock."""
+        self._marked_to: _Checkpoint | None = None
         self._prompt: asyncio.Task[int] | None = None
         self._said = 0
         self._said_bytes = 0
@@ -176,6 +187,17 @@ class Progress:
 
     # Marks.
 
+    @property
+    def to_mark(self) -> bool:
+        """Whether more was delivered than the last mark says."""
+        return self._reached is not None and self._reached is not self._marked_to
+
+    @property
+    def uncounted_chars(self) -> int:
+        """How much text hasn't been counted for good."""
+        meter = self.meter
+        return 0 if meter is None else meter.text_chars - sum(tally.chars for tally in self._tallies.values())
+
     def note(self) -> None:
         """Remember how far the answer is, and see how far its bytes have got."""
         meter, channel = self.meter, self.channel
@@ -193,16 +215,20 @@ class Progress:
         meter, reached = self.meter, self._reached
         assert meter is not None
         parts: list[_Part] = []
+        complete = True
         chars = {} if reached is None else reached.chars
         for _, text in meter.growing():
             tally = self._tallies.get(text)
             if tally is None:
                 tally = self._tallies[text] = _Tally(text)
             tally.rest += text.take()
-            parts.append(_part(tally, delivered=chars.get(text, 0), whole=not for_mark))
+            delivered = chars.get(text, 0)
+            if for_mark and delivered - tally.chars > MARK_CHARS_MAX:
+                delivered, complete = tally.chars + MARK_CHARS_MAX, False
+            parts.append(_part(tally, delivered=delivered, whole=not for_mark))
         texts = [text for part in parts for text in part.texts]
-        whole = not for_mark or (reached is not None and reached.text_bytes == meter.text_bytes)
-        return Counting(texts, parts, meter.text_bytes if whole else None, reached)
+        whole = complete and (not for_mark or (reached is not None and reached.text_bytes == meter.text_bytes))
+        return Counting(texts, parts, meter.text_bytes if whole else None, complete, reached)
 
     def counted(self, counting: Counting, counts: Sequence[int] | None) -> int:
         """The tokens of all its texts; what was counted for good isn't counted again.
@@ -226,16 +252,25 @@ class Progress:
             self._said, self._said_bytes = said, counting.whole_bytes
         return said
 
-    def mark(self, counting: Counting, counts: Sequence[int] | None) -> Usage | None:
-        """What the client has surely been given, as usage by class; None where that is nothing, or can't be counted."""
+    def mark(self, counting: Counting, counts: Sequence[int] | None) -> None:
+        """Set ``marked`` to what the client has surely been given; not where it can't be counted."""
         reached = counting.checkpoint
         if reached is None or counts is None:
-            return None
+            return
+        prompt = self._prompt.result() if self._prompt is not None and self._prompt.done() else None
+        self.marked = self._usage_at(reached, self._surely_said(counting, counts), prompt or 0)
+        self.marked_at = self._clock()
+        if prompt is not None and counting.complete:
+            self._marked_to = reached
+
+    def _surely_said(self, counting: Counting, counts: Sequence[int]) -> int:
         said = self.counted(counting, counts)
         said -= MARGIN_TOKENS * sum(part.forced + part.cut_forced + bool(part.open) for part in counting.parts)
+        return max(said, 0)
+
+    def _usage_at(self, reached: _Checkpoint, said: int, prompt: int) -> Usage:
         route, bounds = self._route, self._bounds
-        output = output_estimate(route.family, max(said, 0), choices=reached.choices, calls=reached.calls)
-        prompt = self._prompt.result() if self._prompt is not None and self._prompt.done() else 0
+        output = output_estimate(route.family, said, choices=reached.choices, calls=reached.calls)
         reported = None if reached.report is None else normalise(reached.report, route.upstream.quirks)
         if reported is None:
             return Usage(input=min(prompt, bounds.input), output=min(output, bounds.output))

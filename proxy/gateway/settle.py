@@ -8,7 +8,7 @@ tasks do the rest: find the usage, price it, and have the ledger finalize or rel
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -87,6 +87,11 @@ class Settler:
         return self._open_of.get(key_id, 0)
 
     @property
+    def exchanges(self) -> Collection[Exchange]:
+        """Those that are open."""
+        return self._open
+
+    @property
     def unsettled(self) -> int:
         """Exchanges that have ended and whose charge the ledger hasn't confirmed."""
         return self._settling
@@ -150,6 +155,7 @@ class Settler:
             await asyncio.sleep(self._tick_seconds)
             now = loop.time()
             for exchange in list(self._open):
+                exchange.progress.note()
                 if now - exchange.opened_at > self._seconds_max:
                     exchange.cut(Ending.TOO_LONG)
 

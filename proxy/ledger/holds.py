@@ -1,7 +1,7 @@
 """The data plane's ledger: one method for each SQL function that the gateway's role may call."""
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
 from uuid import UUID
@@ -22,6 +22,7 @@ from proxy.ledger.records import (
     Mark,
     Release,
     Released,
+    Renewed,
     Reserve,
     Reserved,
     ReserveOutcome,
@@ -30,9 +31,6 @@ from proxy.ledger.records import (
 from proxy.ledger.rows import api_key
 
 __all__ = ["HoldLedger"]
-
-# After a restart of Postgres every lease is stale at once: two leases' time for the workers to renew theirs.
-RESTART_GRACE_SECONDS = 60.0
 
 SINGLE_WAIT_MS = 2000
 
@@ -145,18 +143,35 @@ class HoldLedger:
         with translated():
             return bool(await self._database.fetchval("SELECT farebox.stop_worker($1)", worker_id))
 
-    async def heartbeat(self, worker_id: UUID, marks: Sequence[Mark]) -> bool:
-        """Renew the lease and store progress. False: unknown or stopped, and nothing was stored."""
-        usages = list(chain.from_iterable(mark.usage.as_tuple() for mark in marks))
-        query = "SELECT farebox.heartbeat($1, $2, $3)"
-        with translated():
-            return bool(await self._database.fetchval(query, worker_id, [mark.hold_id for mark in marks], usages))
+    async def heartbeat(self, worker_id: UUID, marks: Sequence[Mark], *, beat: int | None = None) -> Renewed:
+        """Renew the lease and store progress. False: unknown or stopped, and nothing was stored.
 
-    async def expire_holds(self, limit: int, *, restart_grace_seconds: float = RESTART_GRACE_SECONDS) -> list[Expired]:
-        """Settle at most ``limit`` open holds of workers that are gone; none while Postgres is younger than that."""
-        query = "SELECT * FROM farebox.expire_holds($1, $2)"
+        ``beat``: a number that rises from call to call, so that a call that comes late changes nothing.
+        """
+        usages = list(chain.from_iterable(mark.usage.as_tuple() for mark in marks))
+        query = "SELECT farebox.renew($1, $2, $3, $4)"
         with translated():
-            rows = await self._database.fetch(query, limit, timedelta(seconds=restart_grace_seconds))
+            marked = await self._database.fetchval(query, worker_id, beat, [mark.hold_id for mark in marks], usages)
+        return Renewed(False) if marked is None else Renewed(True, frozenset(marked))
+
+    async def now(self) -> datetime:
+        """The time by the database's clock, which all leases run by."""
+        with translated():
+            now: datetime = await self._database.fetchval("SELECT clock_timestamp()")
+        return now
+
+    async def expire_holds(
+        self, limit: int, *, not_after: datetime | None = None, restart_grace_seconds: float | None = None
+    ) -> list[Expired]:
+        """Settle at most ``limit`` open holds of workers that are gone.
+
+        None while Postgres has run for less than ``restart_grace_seconds`` (two leases, where that is None): all leases
+        are stale then. None after ``not_after`` by the database's clock.
+        """
+        query = "SELECT * FROM farebox.sweep($1, $2, $3)"
+        grace = None if restart_grace_seconds is None else timedelta(seconds=restart_grace_seconds)
+        with translated():
+            rows = await self._database.fetch(query, limit, grace, not_after)
         return [Expired(row["hold_id"], row["account_id"], row["charge"]) for row in rows]
 
     async def find_key(self, key_id: str) -> ApiKey | None:

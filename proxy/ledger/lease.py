@@ -1,21 +1,27 @@
 """The worker's lease: this process's right to admit calls, renewed from the start, and judged without asking anybody.
 
-The ledger gives 30 s from when it hears us. We count from *before* we spoke, on a clock that only goes forward, and
-stop a second early: so a worker always knows that its lease is over before the sweeper may touch its holds.
+The ledger gives 30 s from when it hears us. We count from *before* we spoke, on a clock that only goes forward and
+goes on while the machine is suspended, and stop a second early: so a worker always knows that its lease is over before
+the sweeper may touch its holds.
+
+A renewal carries the progress of the open holds. It never waits for it: what hasn't been counted in time goes with the
+next one.
 """
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import Protocol
 from uuid import UUID, uuid4
 
 import structlog
 
+from proxy.ledger.clocks import elapsed
 from proxy.ledger.lines import NO_CONNECTION, Calls, Keeper, OpenLine
-from proxy.ledger.records import Mark
+from proxy.ledger.records import Mark, Renewed
 
-__all__ = ["WorkerLease"]
+__all__ = ["MARKS_SECONDS", "MarkSource", "WorkerLease"]
 
 log = structlog.get_logger("farebox.ledger")
 
@@ -25,13 +31,30 @@ MARGIN_SECONDS = 1.0
 RENEW_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 CALL_SECONDS = 6.0
+MARKS_SECONDS = 1.0
+"""What a renewal waits for the marks, at most."""
+LOOK_SECONDS = 1.0
+"""How often the lease's end is looked at: a timer alone would sleep with the machine."""
+
+
+class MarkSource(Protocol):
+    """Whoever knows the progress of the open holds."""
+
+    async def gather(self) -> Sequence[Mark]:
+        """What has changed. It may be cancelled at any await."""
+        ...
+
+    def stored(self, holds: Collection[UUID]) -> None:
+        """The last ones gathered are in the ledger, for these holds."""
+        ...
 
 
 class WorkerLease:
     """One process's lease. ``worker_id`` is random, so that no two starts of a process are taken for each other.
 
-    ``marks`` is asked for the progress of the open holds at each renewal. ``on_lapse`` is told once each time the lease
-    lapses: admit nothing, close the exchanges. Renewals go on, and when one succeeds the lease is held again.
+    ``marks`` is asked for the progress of the open holds before each renewal. ``on_lapse`` is told once each time the
+    lease lapses: admit nothing, close the exchanges. Renewals go on, and when one succeeds the lease is held again.
+    ``clock`` goes on while the machine is suspended.
     """
 
     def __init__(
@@ -40,9 +63,9 @@ class WorkerLease:
         *,
         hostname: str,
         release: str,
-        marks: Callable[[], Sequence[Mark]],
+        marks: MarkSource,
         on_lapse: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
         lease_seconds: float = LEASE_SECONDS - MARGIN_SECONDS,
         renew_seconds: float = RENEW_SECONDS,
         retry_seconds: float = RETRY_SECONDS,
@@ -57,6 +80,7 @@ class WorkerLease:
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
+        self._beats = 0
         self._held_until = float("-inf")
         self._lapse: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -92,14 +116,17 @@ class WorkerLease:
         pause = self._renew_seconds
         while True:
             await asyncio.sleep(pause)
+            # After a renewal that failed there is no time to lose, nor may it have been for what a mark says.
+            marks = await self._gather() if pause == self._renew_seconds else ()
             pause = self._retry_seconds
             try:
-                began, held = await self._keeper.call(self._beat, seconds=CALL_SECONDS)
+                began, renewed = await self._keeper.call(partial(self._beat, marks), seconds=CALL_SECONDS)
             except Exception as error:  # noqa: BLE001 - one bad beat may not stop the heart: it would cost every exchange
                 log.warning("the lease was not renewed", worker=str(self.worker_id), reason=str(error))
                 continue
-            if held:
+            if renewed:
                 self._renewed(began)
+                self._marks.stored(renewed.marked)
                 pause = self._renew_seconds
             else:
                 log.error("the ledger doesn't know this worker, or has stopped it", worker=str(self.worker_id))
@@ -108,18 +135,33 @@ class WorkerLease:
         began = self._clock()
         return began, await calls.start_worker(self.worker_id, self._hostname, self._release)
 
-    async def _beat(self, calls: Calls) -> tuple[float, bool]:
+    async def _gather(self) -> Sequence[Mark]:
+        """The marks; none where they don't come in time: the lease is worth more than they are."""
+        try:
+            async with asyncio.timeout(MARKS_SECONDS):
+                return await self._marks.gather()
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the marks, the lease has to be renewed
+            log.error("progress isn't known", worker=str(self.worker_id), reason=repr(error))
+            return ()
+
+    async def _beat(self, marks: Sequence[Mark], calls: Calls) -> tuple[float, Renewed]:
+        self._beats += 1
         began = self._clock()
-        return began, await calls.heartbeat(self.worker_id, self._marks())
+        return began, await calls.heartbeat(self.worker_id, marks, beat=self._beats)
 
     def _renewed(self, began: float) -> None:
         """Held for the lease's length from ``began``, when the renewal was sent."""
         self._held_until = began + self._lease_seconds
         if self._lapse is not None:
             self._lapse.cancel()
-        left = max(self._held_until - self._clock(), 0.0)
-        self._lapse = asyncio.get_running_loop().call_later(left, self._lapsed)
+        self._look()
 
-    def _lapsed(self) -> None:
+    def _look(self) -> None:
+        """Is it over? If not, look again when it will be, or after a while: the loop's timers see no suspension."""
+        left = self._held_until - self._clock()
+        if left > 0:
+            self._lapse = asyncio.get_running_loop().call_later(min(left, LOOK_SECONDS), self._look)
+            return
+        self._lapse = None
         log.error("the lease has lapsed: nothing is admitted until it is renewed", worker=str(self.worker_id))
         self._on_lapse()

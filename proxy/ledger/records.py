@@ -27,6 +27,7 @@ __all__ = [
     "Mark",
     "Release",
     "Released",
+    "Renewed",
     "Reserve",
     "ReserveOutcome",
     "Reserved",
@@ -324,6 +325,17 @@ class Mark:
 
     def __post_init__(self) -> None:
         _check_usage(self.usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What became of a heartbeat: true where the lease was renewed. ``marked``: the holds whose mark was stored."""
+
+    renewed: bool
+    marked: frozenset[UUID] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.renewed
 
 
 @dataclass(frozen=True, slots=True)

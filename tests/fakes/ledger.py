@@ -5,8 +5,10 @@ that are lost, servers that are down or hang.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -25,6 +27,7 @@ from proxy.ledger.records import (
     Mark,
     Release,
     Released,
+    Renewed,
     Reserve,
     Reserved,
     ReserveOutcome,
@@ -59,9 +62,10 @@ class FakeLedger:
     ``seconds``: how long a call takes. ``locked``: accounts that somebody else holds. ``poison``: holds whose rows
     raise; ``deadly``: holds whose rows end the connection. ``down``: no connection can be opened, for the reason
     ``why_down``. ``confused``: a call that is cut off fails as asyncpg does where it had not sent it yet. ``lose``:
-    "request" or "reply", what gets lost of the next call, with its connection. ``gate``: calls wait for it once they
-    have arrived; those whose connection is cut meanwhile are ``stragglers``, which the server carries out when the test
-    says so.
+    "request" or "reply", what gets lost of the next call, with its connection. ``unmarkable``: holds that take no mark.
+    ``clock``: the server's; ``jump_after_now``: by how much it jumps once it has
+    been read. ``gate``: calls wait for it once they have arrived; those whose connection is cut meanwhile
+    are ``stragglers``, which the server carries out when the test says so.
     """
 
     oracle: Oracle = field(default_factory=Oracle)
@@ -82,6 +86,11 @@ class FakeLedger:
     opened_at: list[float] = field(default_factory=list)
     swept_at: list[float] = field(default_factory=list)
     beats: list[tuple[UUID, tuple[Mark, ...]]] = field(default_factory=list)
+    beat_numbers: list[int] = field(default_factory=list)
+    unmarkable: set[UUID] = field(default_factory=set)
+    clock: Callable[[], float] = time.time
+    jump_after_now: float = 0.0
+    looks: int = 0
     expired: list[Expired] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -213,18 +222,36 @@ class _FakeCalls:
     async def start_worker(self, worker_id: UUID, hostname: str, release: str) -> bool:
         return await self._say(lambda: self._ledger.oracle.leases.setdefault(worker_id, True))
 
-    async def heartbeat(self, worker_id: UUID, marks: Sequence[Mark]) -> bool:
-        def beat() -> bool:
+    async def heartbeat(self, worker_id: UUID, marks: Sequence[Mark], *, beat: int) -> Renewed:
+        def renew() -> Renewed:
             self._ledger.beats.append((worker_id, tuple(marks)))
-            return self._ledger.oracle.leases.get(worker_id, False)
+            self._ledger.beat_numbers.append(beat)
+            held = self._ledger.oracle.leases.get(worker_id, False)
+            marked = {mark.hold_id for mark in marks} - self._ledger.unmarkable
+            return Renewed(held, frozenset(marked if held else ()))
 
-        return await self._say(beat)
+        return await self._say(renew)
 
     async def stop_worker(self, worker_id: UUID) -> bool:
         return await self._say(lambda: self._ledger.oracle.leases.pop(worker_id))
 
-    async def expire_holds(self, limit: int) -> Sequence[Expired]:
+    async def now(self) -> datetime:
+        ledger = self._ledger
+
+        def tell() -> datetime:
+            ledger.looks += 1
+            now = ledger.clock()
+            if ledger.jump_after_now:
+                jumped, ledger.jump_after_now = ledger.jump_after_now, 0.0
+                ledger.clock = lambda: time.time() + jumped
+            return datetime.fromtimestamp(now, UTC)
+
+        return await self._say(tell)
+
+    async def expire_holds(self, limit: int, *, not_after: datetime | None = None) -> Sequence[Expired]:
         def expire() -> list[Expired]:
+            if not_after is not None and self._ledger.clock() > not_after.timestamp():
+                return []
             self._ledger.swept_at.append(asyncio.get_running_loop().time())
             taken, self._ledger.expired = self._ledger.expired[:limit], self._ledger.expired[limit:]
             return taken

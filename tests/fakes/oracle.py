@@ -192,7 +192,7 @@ class Oracle:
         """A heartbeat's progress, as what it would cost; only the worker's own open holds take it."""
         hold = self.holds.get(hold_id)
         if hold is not None and hold.worker_id == worker_id and hold.state == "open":
-            hold.mark = max(hold.mark, cost)
+            hold.mark = cost
 
     def expire_holds(self) -> dict[UUID, int]:
         """Every open hold of a worker without a lease is charged provisionally, at its mark; in the ids' order."""

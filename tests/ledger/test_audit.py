@@ -75,6 +75,10 @@ PRICES, LIVE, NEGATIVE = (
     "open_holds_belong_to_a_live_worker",
     "nothing_is_negative_and_debt_is_paid_first",
 )
+POSTGRES_IS_OLD = """
+    CREATE OR REPLACE FUNCTION farebox.postgres_started() RETURNS timestamptz
+    LANGUAGE sql AS $$ SELECT clock_timestamp() - interval '1 day' $$
+"""
 ONE_GRANT = "(account_id, version) = (SELECT account_id, version FROM farebox.transfers WHERE kind = 'grant' LIMIT 1)"
 ONE_CHARGE = "(account_id, version) = (SELECT account_id, version FROM farebox.transfers WHERE kind = 'charge' LIMIT 1)"
 FK = "api_keys_account_id_fkey"
@@ -138,6 +142,7 @@ async def test_a_single_altered_row_is_found(lively_bank: Bank, statement: str, 
 async def test_holds_that_a_dead_worker_left_are_found_once_a_live_one_should_have_swept_them(own_bank: Bank) -> None:
     _, key = await own_bank.open_account(100)
     await own_bank.reserve(key, 10)
+    await own_bank.owner.execute(POSTGRES_IS_OLD)
     await own_bank.owner.execute("UPDATE farebox.workers SET lease_until = lease_until - interval '10 minutes'")
     assert await broken(own_bank.owner) == set(), "nobody is there to sweep"
     sweeper = uuid4()
@@ -145,6 +150,10 @@ async def test_holds_that_a_dead_worker_left_are_found_once_a_live_one_should_ha
     assert await broken(own_bank.owner) == set(), "it has only begun"
     await own_bank.owner.execute(
         "UPDATE farebox.workers SET started_at = started_at - interval '10 minutes' WHERE id = $1", sweeper
+    )
+    assert await broken(own_bank.owner) == set(), "it has only now got at the database again"
+    await own_bank.owner.execute(
+        "UPDATE farebox.workers SET held_since = held_since - interval '10 minutes' WHERE id = $1", sweeper
     )
     assert await broken(own_bank.owner) == {LIVE}
     await own_bank.expire()

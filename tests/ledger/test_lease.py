@@ -1,10 +1,11 @@
 """The worker's lease: held no longer than the ledger says, told once when it lapses, and found again."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -18,21 +19,41 @@ LEASE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Owner:
-    """Whoever has the lease: counts how often it was told of a lapse."""
+    """Whoever has the lease: counts how often it was told of a lapse, and what of its marks was stored.
+
+    ``trouble``: what happens when it is next asked for marks. ``slept``: how long the machine was suspended, in all.
+    """
 
     lapses: int = 0
     marks: list[Mark] = field(default_factory=list)
+    stored_holds: list[UUID] = field(default_factory=list)
+    trouble: list[Exception | float] = field(default_factory=list)
+    asked: int = 0
+    slept: float = 0.0
 
     def lapsed(self) -> None:
         self.lapses += 1
 
-    def lease(self, fake: FakeLedger, marks: Callable[[], Sequence[Mark]] | None = None) -> WorkerLease:
+    async def gather(self) -> Sequence[Mark]:
+        self.asked += 1
+        if self.trouble:
+            trouble = self.trouble.pop()
+            if isinstance(trouble, Exception):
+                raise trouble
+            await asyncio.sleep(trouble)
+        return self.marks
+
+    def stored(self, holds: Collection[UUID]) -> None:
+        self.stored_holds += holds
+
+    def lease(self, fake: FakeLedger) -> WorkerLease:
         return WorkerLease(
             fake.open_line,
             hostname="h",
             release="0.1",
-            marks=marks or (lambda: self.marks),
+            marks=self,
             on_lapse=self.lapsed,
+            clock=lambda: time.monotonic() + self.slept,
             lease_seconds=LEASE_SECONDS,
             renew_seconds=0.05,
             retry_seconds=0.02,
@@ -108,20 +129,55 @@ async def test_a_worker_that_the_ledger_has_stopped_is_not_renewed() -> None:
 
 
 async def test_one_bad_beat_does_not_stop_the_heart() -> None:
+    fake, owner = FakeLedger(), Owner(trouble=[ZeroDivisionError()], marks=[Mark(uuid4(), Usage())])
+    async with leased(fake, owner) as lease:
+        await fake.until(lambda: len(fake.beats) > 1)
+        assert not owner.trouble
+        assert [len(marks) for _, marks in fake.beats[:2]] == [0, 1]
+        assert lease.held()
+
+
+async def test_it_doesnt_wait_for_marks_that_dont_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.ledger.lease.MARKS_SECONDS", 0.05)
+    fake, owner = FakeLedger(), Owner(trouble=[3600.0] * 1000)
+    async with leased(fake, owner) as lease:
+        await fake.until(lambda: len(fake.beats) > 3)
+        assert lease.held()
+    assert owner.lapses == 0
+
+
+async def test_beats_are_numbered_and_what_was_stored_is_told() -> None:
     fake, owner = FakeLedger(), Owner()
-    broken = [True]
+    taken, refused = Mark(uuid4(), Usage(output=7)), Mark(uuid4(), Usage(output=8))
+    owner.marks, fake.unmarkable = [taken, refused], {refused.hold_id}
+    async with leased(fake, owner):
+        await fake.until(lambda: len(fake.beats) > 2)
+    assert fake.beat_numbers == sorted(set(fake.beat_numbers))
+    assert set(owner.stored_holds) == {taken.hold_id}
 
-    def marks() -> Sequence[Mark]:
-        if broken:
-            raise ZeroDivisionError(broken.pop())
-        return ()
 
-    lease = owner.lease(fake, marks)
-    await lease.start()
-    await fake.until(lambda: fake.beats)
-    assert not broken
-    assert lease.held()
-    await lease.stop()
+async def test_after_a_renewal_that_failed_the_next_one_carries_no_marks() -> None:
+    """Whatever it is in a mark that the ledger can't take, it may cost progress, not the lease."""
+    fake, owner = FakeLedger(), Owner(marks=[Mark(uuid4(), Usage(output=7))])
+    async with leased(fake, owner):
+        await fake.until(lambda: fake.beats)
+        fake.lose = "reply"
+        await fake.until(lambda: fake.lose is None)
+        beats = len(fake.beats)
+        await fake.until(lambda: len(fake.beats) > beats + 1)
+        assert [len(marks) for _, marks in fake.beats[beats : beats + 2]] == [0, 1]
+
+
+async def test_a_machine_that_slept_has_lost_its_lease_though_no_timer_ran() -> None:
+    fake, owner = FakeLedger(), Owner()
+    async with leased(fake, owner) as lease:
+        lease._renew_seconds = 3600.0  # it would renew at once, and the lapse be as short as that
+        await asyncio.sleep(0.1)
+        assert lease.held()
+        owner.slept += 3600
+        assert not lease.held(), "known at once, by the clock"
+        await fake.until(lambda: owner.lapses)
+    assert owner.lapses == 1
 
 
 async def test_a_start_without_a_database_fails_in_time() -> None:

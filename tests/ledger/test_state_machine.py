@@ -301,7 +301,7 @@ class LedgerMachine(RuleBasedStateMachine):
         row = self.row(slot)
         worker_id = self.workers[-1] if slot % 8 == 0 else row.worker_id
         renewed = self.run(self.bank.holds.heartbeat(worker_id, [Mark(row.hold_id, Usage(output=tokens))]))
-        assert renewed == (worker_id in self.oracle.leases)
+        assert bool(renewed) == (worker_id in self.oracle.leases)
         if renewed:
             self.oracle.leases[worker_id] = True
             self.oracle.mark(row.hold_id, worker_id, tokens)

@@ -1,6 +1,7 @@
 """The sweeper: every so often, never just after a connection was made, and through failures."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from uuid import uuid4
 
@@ -46,4 +47,46 @@ async def test_a_failing_sweep_is_not_the_last() -> None:
     fake.down = False
     swept = len(fake.swept_at)
     await fake.until(lambda: len(fake.swept_at) > swept)
+    await sweeper.stop()
+
+
+async def test_nothing_is_swept_for_a_while_after_the_ledgers_clock_has_jumped() -> None:
+    """Because the machine slept, or somebody set the clock: every lease looks lapsed until it is renewed."""
+    fake = FakeLedger()
+    sweeper = Sweeper(fake.open_line, sweep_seconds=0.02, settled_seconds=0.0, jumped_seconds=0.4)
+    sweeper.start()
+    await fake.until(lambda: len(fake.swept_at) > 1)
+    fake.clock = lambda: time.time() + 3600
+    jumped_at = asyncio.get_running_loop().time()
+    await asyncio.sleep(0.1)
+    swept = len(fake.swept_at)
+    await fake.until(lambda: len(fake.swept_at) > swept)
+    # One sweep may have been on its way.
+    assert swept <= 2 + sum(at < jumped_at for at in fake.swept_at)
+    assert fake.swept_at[swept] - jumped_at >= 0.4
+    fake.clock = time.time
+    swept = len(fake.swept_at)
+    await fake.until(lambda: len(fake.swept_at) > swept)
+    assert fake.swept_at[swept] - fake.swept_at[swept - 1] < 0.4, "a clock set back only makes leases longer"
+    await sweeper.stop()
+
+
+async def test_a_jump_between_the_look_and_the_sweep_is_the_ledgers_to_notice() -> None:
+    fake = FakeLedger()
+    fake.jump_after_now = 3600.0
+    sweeper = Sweeper(fake.open_line, sweep_seconds=0.02, settled_seconds=0.0, jumped_seconds=3600.0)
+    sweeper.start()
+    await fake.until(lambda: fake.looks > 3)
+    assert fake.swept_at == []
+    await sweeper.stop()
+
+
+async def test_a_jump_before_the_first_sweep_is_seen() -> None:
+    fake = FakeLedger()
+    sweeper = Sweeper(fake.open_line, sweep_seconds=0.02, settled_seconds=0.2, jumped_seconds=3600.0)
+    sweeper.start()
+    await fake.until(lambda: fake.looks)
+    fake.clock = lambda: time.time() + 3600
+    await fake.until(lambda: fake.looks > 20)
+    assert fake.swept_at == []
     await sweeper.stop()

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -12,6 +13,22 @@ from proxy.ledger.connect import Role, connect
 from proxy.ledger.holds import HoldLedger
 from proxy.ledger.records import Finalized, FinalizeOutcome, Mark, Released, Reserve, ReserveOutcome
 from tests.ledger.bank import Bank
+
+PAUSE_BEFORE_THE_LOCK = (
+    "ALTER FUNCTION farebox.lock_lapsed RENAME TO lock_lapsed_then",
+    """
+    CREATE FUNCTION farebox.lock_lapsed(_worker_ids uuid[], _at timestamptz) RETURNS uuid[] LANGUAGE plpgsql AS $$
+    BEGIN
+        PERFORM pg_advisory_xact_lock(1);
+        RETURN farebox.lock_lapsed_then(_worker_ids, _at);
+    END
+    $$
+    """,
+)
+SOMEBODY_WAITS = """
+    SELECT true FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+     WHERE d.datname = current_database() AND l.locktype = 'advisory' AND NOT l.granted
+"""
 
 
 async def gone(bank: Bank, reserve: Reserve, mark: Usage | None = None) -> dict[UUID, int]:
@@ -107,14 +124,47 @@ async def test_a_provisional_charge_cant_be_reversed(bank: Bank) -> None:
         await bank.control.reverse(reserve.hold_id, None, reference=None, actor="test", reason=None)
 
 
-async def test_marks_are_totals_that_never_decrease(bank: Bank) -> None:
+async def test_marks_are_totals_and_the_last_one_counts(bank: Bank) -> None:
+    """A report may say less than what was counted before it, class by class: the greatest of each would be too much."""
     _, key = await bank.open_account(1000)
     reserve, _ = await bank.reserve(key, 400)
     other, _ = await bank.reserve(key, 400)
-    for usage in (Usage(input=10, output=50), Usage(input=7, output=60), Usage(output=20)):
+    for beat, usage in enumerate((Usage(input=10, output=50), Usage(input=12, output=60), Usage(7, 5, output=40)), 1):
         marks = [Mark(other.hold_id, Usage()), Mark(reserve.hold_id, usage), Mark(uuid4(), usage)]
-        assert await bank.holds.heartbeat(bank.worker_id, marks)
-    assert await gone(bank, reserve) == {reserve.hold_id: 70, other.hold_id: 0}
+        renewed = await bank.holds.heartbeat(bank.worker_id, marks, beat=beat)
+        assert renewed.marked == {other.hold_id, reserve.hold_id}
+    assert await gone(bank, reserve) == {reserve.hold_id: 52, other.hold_id: 0}
+
+
+async def test_a_beat_that_comes_late_changes_nothing(bank: Bank) -> None:
+    """Its connection was lost, and the server carried it out after the next one: on another connection."""
+    _, key = await bank.open_account(1000)
+    reserve, _ = await bank.reserve(key, 400)
+    for beat, tokens in ((2, 60), (1, 50), (2, 50)):
+        await bank.holds.heartbeat(bank.worker_id, [Mark(reserve.hold_id, Usage(output=tokens))], beat=beat)
+    assert await gone(bank, reserve) == {reserve.hold_id: 60}
+
+
+async def test_a_release_before_this_one_marks_totals_that_never_decrease(bank: Bank) -> None:
+    _, key = await bank.open_account(1000)
+    reserve, _ = await bank.reserve(key, 400)
+    for usage in ([10, 0, 0, 0, 50, 0, 0], [7, 0, 0, 0, 60, 0, 0]):
+        query = "SELECT farebox.heartbeat($1, $2, $3)"
+        assert await bank.pool.fetchval(query, bank.worker_id, [reserve.hold_id], usage)
+    await bank.lapse()
+    assert {row["charge"] for row in await bank.pool.fetch("SELECT * FROM farebox.expire_holds(9, '0 s')")} == {70}
+
+
+async def test_a_mark_that_wasnt_stored_is_told(bank: Bank) -> None:
+    _, key = await bank.open_account(1000)
+    reserve, _ = await bank.reserve(key, 400)
+    locked, _ = await bank.reserve(key, 400)
+    marks = [Mark(row.hold_id, Usage(output=9)) for row in (reserve, locked)]
+    async with bank.owner.transaction():
+        await bank.owner.execute("SELECT FROM farebox.holds WHERE id = $1 FOR UPDATE", locked.hold_id)
+        assert (await bank.holds.heartbeat(bank.worker_id, marks)).marked == {reserve.hold_id}
+    assert (await bank.holds.heartbeat(bank.worker_id, marks)).marked == {reserve.hold_id, locked.hold_id}
+    await gone(bank, reserve)
 
 
 async def test_a_worker_marks_its_own_open_holds_only(bank: Bank) -> None:
@@ -157,6 +207,69 @@ async def test_nothing_is_swept_right_after_a_restart_of_postgres(bank: Bank) ->
     assert await bank.holds.expire_holds(10, restart_grace_seconds=86_400) == []
     assert (await bank.money(account.id))[1] == 400
     await bank.expire()
+
+
+async def test_nothing_is_swept_later_than_the_sweeper_could_know_the_clock(bank: Bank) -> None:
+    _, key = await bank.open_account(1000)
+    reserve, _ = await bank.reserve(key, 400)
+    await bank.lapse()
+    now = await bank.holds.now()
+    late = await bank.holds.expire_holds(10, not_after=now - timedelta(seconds=1), restart_grace_seconds=0)
+    assert late == []
+    [expired] = await bank.holds.expire_holds(10, not_after=now + timedelta(seconds=60), restart_grace_seconds=0)
+    assert expired.hold_id == reserve.hold_id
+
+
+async def test_a_worker_that_renews_just_before_the_sweeper_locks_it_keeps_its_holds(own_bank: Bank) -> None:
+    """The sweeper looks at the leases twice: when it looks for the lapsed, and when it has their locks."""
+    bank = own_bank
+    _, key = await bank.open_account(1000)
+    reserve, _ = await bank.reserve(key, 400)
+    await bank.lapse()
+    # The same function, but it waits in between for as long as the test likes.
+    for statement in PAUSE_BEFORE_THE_LOCK:
+        await bank.owner.execute(statement)
+    await bank.owner.execute("SELECT pg_advisory_lock(1)")
+    sweep = asyncio.create_task(bank.expire())
+    while not await bank.owner.fetchval(SOMEBODY_WAITS):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert await bank.holds.heartbeat(bank.worker_id, [Mark(reserve.hold_id, Usage(output=5))])
+    await bank.owner.execute("SELECT pg_advisory_unlock(1)")
+    assert await sweep == {}
+    assert (await bank.finalize(reserve, 100)).charge == 100
+
+
+async def test_holds_that_cant_be_locked_keep_no_other_waiting(bank: Bank) -> None:
+    """However many they are: a sweep takes so many, and the same ones would fill it every time."""
+    locked, its_key = await bank.open_account(1000)
+    _, key = await bank.open_account(1000)
+    for _ in range(5):
+        await bank.reserve(its_key, 10)
+    free, _ = await bank.reserve(key, 10)
+    alone, _ = await bank.reserve(key, 10)
+    await bank.lapse()
+    async with bank.owner.transaction():
+        await bank.owner.execute("SELECT FROM farebox.accounts WHERE id = $1 FOR UPDATE", locked.id)
+        await bank.owner.execute("SELECT FROM farebox.holds WHERE id = $1 FOR UPDATE", alone.hold_id)
+        assert await bank.expire(2) == {free.hold_id: 0}
+    assert len(await bank.expire()) == 6
+
+
+async def test_the_longest_dead_are_settled_first(own_bank: Bank) -> None:
+    bank = own_bank
+    _, key = await bank.open_account(1000)
+    dead = [uuid4() for _ in range(3)]
+    rows = {}
+    for worker_id in dead:
+        await bank.holds.start_worker(worker_id, "host", "0.1")
+        rows[worker_id] = (await bank.reserve(key, 10, worker_id=worker_id))[0].hold_id
+    for seconds, worker_id in zip((5, 20, 10), dead, strict=True):
+        await bank.owner.execute(
+            "UPDATE farebox.workers SET lease_until = clock_timestamp() - $2 * interval '1 second' WHERE id = $1",
+            *(worker_id, seconds),
+        )
+    swept = [hold for _ in range(3) for hold in await bank.expire(1)]
+    assert swept == [rows[dead[1]], rows[dead[2]], rows[dead[0]]]
 
 
 async def test_two_sweepers_and_the_worker_that_comes_back_settle_once(bank: Bank) -> None:

@@ -197,11 +197,14 @@ CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
         SELECT h.id::text AS id,
                w.id IS NOT NULL AND (
                    w.lease_until > statement_timestamp() - interval '5 minutes'
-                   -- Nobody sweeps while no worker runs, nor in the first moments of one.
+                   -- Nobody sweeps while no worker runs, nor soon after Postgres came up or after workers were cut off
+                   -- from it: one that has been there for a while should have.
+                   OR farebox.postgres_started() > statement_timestamp() - interval '5 minutes'
                    OR NOT EXISTS (
                        SELECT FROM farebox.workers live
                         WHERE live.lease_until > statement_timestamp()
                           AND live.started_at < statement_timestamp() - interval '5 minutes'
+                          AND live.held_since < statement_timestamp() - interval '5 minutes'
                    )
                ) AS kept
           FROM farebox.holds h LEFT JOIN farebox.workers w ON w.id = h.worker_id
@@ -699,87 +702,10 @@ END
 $$;
 
 CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) RETURNS TABLE(hold_id uuid, account_id uuid, charge bigint)
-    LANGUAGE plpgsql SECURITY DEFINER
+    LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-#variable_conflict use_column
-DECLARE
-    at timestamptz;
-    candidates uuid[];
-    lapsed uuid[];
-    accounts uuid[];
-    purse farebox.purse;
-    hold farebox.holds;
-    cost numeric;
-    purses farebox.purse[];
-    moves farebox.move[];
-    settled_holds farebox.holds[];
-BEGIN
-    IF clock_timestamp() < pg_postmaster_start_time() + _restart_grace
-       OR NOT pg_try_advisory_xact_lock(hashtextextended('farebox.expire_holds', 0)) THEN
-        RETURN;
-    END IF;
-    candidates := ARRAY(
-        SELECT h.id
-          FROM farebox.holds h
-         WHERE h.state = 'open'
-           AND NOT EXISTS (
-               SELECT FROM farebox.workers w WHERE w.id = h.worker_id AND w.lease_until > clock_timestamp()
-           )
-         LIMIT _limit
-    );
-    -- Locks in the order worker, account, hold; every condition is checked again once the lock is held.
-    lapsed := ARRAY(
-        SELECT w.id
-          FROM farebox.workers w
-         WHERE w.id IN (SELECT h.worker_id FROM farebox.holds h WHERE h.id = ANY (candidates))
-           AND w.lease_until <= clock_timestamp()
-         ORDER BY w.id
-           FOR NO KEY UPDATE SKIP LOCKED
-    );
-    accounts := ARRAY(
-        SELECT a.id
-          FROM farebox.accounts a
-         WHERE a.id IN (SELECT h.account_id FROM farebox.holds h WHERE h.id = ANY (candidates))
-         ORDER BY a.id
-           FOR NO KEY UPDATE SKIP LOCKED
-    );
-    at := clock_timestamp();
-    FOR hold IN
-        SELECT h.*
-          FROM farebox.holds h
-         WHERE h.id = ANY (candidates) AND h.state = 'open'
-           AND h.worker_id = ANY (lapsed) AND h.account_id = ANY (accounts)
-         ORDER BY h.account_id, h.id
-           FOR NO KEY UPDATE
-    LOOP
-        IF purse.account_id IS DISTINCT FROM hold.account_id THEN
-            IF purse.account_id IS NOT NULL THEN
-                purses := purses || purse;
-            END IF;
-            purse := farebox.open_purse(hold.account_id);
-        END IF;
-        -- A mark was counted by us, so it never costs more than was held.
-        cost := coalesce(farebox.charge_for(hold.price_version, hold.model, hold.variant, hold.mark), 0);
-        hold.capped := CASE WHEN cost > hold.amount THEN 'counted_above_hold' END;
-        cost := least(cost, hold.amount);
-        purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, cost::bigint);
-        hold.state := 'provisional';
-        hold.charge := cost;
-        hold.overrun := purse.lent;
-        hold.usage := hold.mark;
-        hold.usage_source := CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END;
-        hold.ending := 'worker_gone';
-        hold.ended_at := at;
-        moves := moves || farebox.a_move(purse, hold.id);
-        settled_holds := settled_holds || hold;
-        RETURN QUERY SELECT hold.id, hold.account_id, cost::bigint;
-    END LOOP;
-    IF purse.account_id IS NOT NULL THEN
-        purses := purses || purse;
-    END IF;
-    PERFORM farebox.write_down(purses, moves, NULL, settled_holds, at);
-END
+    SELECT * FROM farebox.sweep(_limit, _restart_grace, NULL)
 $$;
 
 CREATE FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) RETURNS record
@@ -1049,10 +975,7 @@ CREATE FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages big
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 BEGIN
-    UPDATE farebox.workers AS w
-       SET lease_until = clock_timestamp() + farebox.lease_length()
-     WHERE w.id = _worker_id AND w.stopped_at IS NULL;
-    IF NOT FOUND THEN
+    IF NOT farebox.renew_lease(_worker_id) THEN
         RETURN false;
     END IF;
     WITH given AS MATERIALIZED (
@@ -1155,6 +1078,19 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.lock_lapsed(_worker_ids uuid[], _at timestamp with time zone) RETURNS uuid[]
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT ARRAY(
+        SELECT w.id
+          FROM farebox.workers w
+         WHERE w.id = ANY (_worker_ids) AND w.lease_until <= _at
+         ORDER BY w.id
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+$$;
+
 CREATE FUNCTION farebox.lock_reference(_kind text, _reference text) RETURNS void
     LANGUAGE sql
     AS $$
@@ -1188,6 +1124,11 @@ CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
       FROM farebox.accounts a
      WHERE a.id = _account_id
 $$;
+
+CREATE FUNCTION farebox.postgres_started() RETURNS timestamp with time zone
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ SELECT pg_postmaster_start_time() $$;
 
 CREATE FUNCTION farebox.price_rows(_body text) RETURNS TABLE(model text, variant text, rates bigint[], per_request bigint)
     LANGUAGE sql IMMUTABLE
@@ -1225,6 +1166,57 @@ CREATE FUNCTION farebox.refuse_change() RETURNS trigger
 BEGIN
     RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME
         USING ERRCODE = '55000';
+END
+$$;
+
+CREATE FUNCTION farebox.renew(_worker_id uuid, _beat bigint, _hold_ids uuid[], _usages bigint[]) RETURNS uuid[]
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    last bigint;
+    marked uuid[];
+BEGIN
+    SELECT w.beat INTO last FROM farebox.workers w WHERE w.id = _worker_id FOR NO KEY UPDATE;
+    IF _beat <= last THEN
+        RETURN '{}';
+    END IF;
+    IF NOT farebox.renew_lease(_worker_id) THEN
+        RETURN NULL;
+    END IF;
+    UPDATE farebox.workers AS w SET beat = coalesce(_beat, w.beat) WHERE w.id = _worker_id;
+    WITH free AS MATERIALIZED (
+        SELECT h.id, u.n
+          FROM unnest(_hold_ids) WITH ORDINALITY AS u (id, n) JOIN farebox.holds h ON h.id = u.id
+         WHERE h.worker_id = _worker_id AND h.state = 'open'
+         ORDER BY h.id
+           FOR NO KEY UPDATE OF h SKIP LOCKED
+    ), stored AS (
+        UPDATE farebox.holds AS h
+           SET mark = _usages[free.n * 7 - 6 : free.n * 7]
+          FROM free
+         WHERE h.id = free.id
+        RETURNING h.id
+    )
+    SELECT coalesce(array_agg(s.id), '{}') INTO marked FROM stored s;
+    RETURN marked;
+END
+$$;
+
+CREATE FUNCTION farebox.renew_lease(_worker_id uuid) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.workers AS w
+       SET lease_until = clock_timestamp() + farebox.lease_length(),
+           held_since = CASE WHEN w.lease_until > clock_timestamp() THEN w.held_since ELSE clock_timestamp() END
+     WHERE w.id = _worker_id AND w.stopped_at IS NULL;
+    RETURN FOUND;
 END
 $$;
 
@@ -1382,8 +1374,8 @@ CREATE FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _release t
 BEGIN
     INSERT INTO farebox.workers AS w (id, hostname, release, lease_until)
     VALUES (_worker_id, _hostname, _release, clock_timestamp() + farebox.lease_length())
-    ON CONFLICT (id) DO UPDATE SET lease_until = clock_timestamp() + farebox.lease_length() WHERE w.stopped_at IS NULL;
-    RETURN FOUND;
+    ON CONFLICT (id) DO NOTHING;
+    RETURN FOUND OR farebox.renew_lease(_worker_id);
 END
 $$;
 
@@ -1396,6 +1388,83 @@ BEGIN
        SET stopped_at = clock_timestamp(), lease_until = least(w.lease_until, clock_timestamp())
      WHERE w.id = _worker_id AND w.stopped_at IS NULL;
     RETURN FOUND;
+END
+$$;
+
+CREATE FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) RETURNS TABLE(hold_id uuid, account_id uuid, charge bigint)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+#variable_conflict use_column
+DECLARE
+    at timestamptz := clock_timestamp();
+    lapsed uuid[];
+    accounts uuid[];
+    purse farebox.purse;
+    hold farebox.holds;
+    cost numeric;
+    purses farebox.purse[];
+    moves farebox.move[];
+    settled_holds farebox.holds[];
+BEGIN
+    IF at < farebox.postgres_started() + coalesce(_restart_grace, 2 * farebox.lease_length()) OR at > _not_after
+       OR NOT pg_try_advisory_xact_lock(hashtextextended('farebox.expire_holds', 0)) THEN
+        RETURN;
+    END IF;
+    -- Locks in the order worker, account, hold; every condition is checked again once the lock is held.
+    lapsed := farebox.lock_lapsed(
+        ARRAY(
+            SELECT w.id
+              FROM farebox.workers w
+             WHERE w.lease_until <= at
+               AND EXISTS (SELECT FROM farebox.holds h WHERE h.worker_id = w.id AND h.state = 'open')
+             ORDER BY w.lease_until, w.id
+             LIMIT _limit
+        ),
+        at
+    );
+    accounts := ARRAY(
+        SELECT a.id
+          FROM farebox.accounts a
+         WHERE a.id IN (SELECT h.account_id FROM farebox.holds h WHERE h.worker_id = ANY (lapsed) AND h.state = 'open')
+         ORDER BY a.id
+         LIMIT _limit
+           FOR NO KEY UPDATE SKIP LOCKED
+    );
+    FOR hold IN
+        SELECT h.*
+          FROM farebox.holds h
+         WHERE h.state = 'open' AND h.worker_id = ANY (lapsed) AND h.account_id = ANY (accounts)
+         ORDER BY h.account_id, h.id
+         LIMIT _limit
+           FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        IF purse.account_id IS DISTINCT FROM hold.account_id THEN
+            IF purse.account_id IS NOT NULL THEN
+                purses := purses || purse;
+            END IF;
+            purse := farebox.open_purse(hold.account_id);
+        END IF;
+        -- A mark was counted by us, so it never costs more than was held.
+        cost := coalesce(farebox.charge_for(hold.price_version, hold.model, hold.variant, hold.mark), 0);
+        hold.capped := CASE WHEN cost > hold.amount THEN 'counted_above_hold' END;
+        cost := least(cost, hold.amount);
+        purse := farebox.settled(purse, hold.state, hold.amount, hold.charge, hold.key_id, cost::bigint);
+        hold.state := 'provisional';
+        hold.charge := cost;
+        hold.overrun := purse.lent;
+        hold.usage := hold.mark;
+        hold.usage_source := CASE WHEN hold.mark IS NULL THEN 'none' ELSE 'counted' END;
+        hold.ending := 'worker_gone';
+        hold.ended_at := at;
+        moves := moves || farebox.a_move(purse, hold.id);
+        settled_holds := settled_holds || hold;
+        RETURN QUERY SELECT hold.id, hold.account_id, cost::bigint;
+    END LOOP;
+    IF purse.account_id IS NOT NULL THEN
+        purses := purses || purse;
+    END IF;
+    PERFORM farebox.write_down(purses, moves, NULL, settled_holds, at);
 END
 $$;
 
@@ -1587,7 +1656,9 @@ CREATE TABLE farebox.workers (
     release text NOT NULL,
     started_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     lease_until timestamp with time zone NOT NULL,
-    stopped_at timestamp with time zone
+    stopped_at timestamp with time zone,
+    beat bigint DEFAULT 0 NOT NULL,
+    held_since timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 )
 WITH (fillfactor='50');
 
@@ -1775,11 +1846,15 @@ GRANT SELECT ON TABLE farebox.api_keys TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.lock_key(_id text) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.lock_lapsed(_worker_ids uuid[], _at timestamp with time zone) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.lock_reference(_kind text, _reference text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.open_purse(_account_id uuid) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.postgres_started() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.price_rows(_body text) FROM PUBLIC;
 
@@ -1788,6 +1863,11 @@ GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO fa
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.refuse_change() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.renew(_worker_id uuid, _beat bigint, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.renew(_worker_id uuid, _beat bigint, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.renew_lease(_worker_id uuid) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
@@ -1814,6 +1894,9 @@ GRANT ALL ON FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _rel
 
 REVOKE ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
