@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
-    "DONE", "Chunk", "Cut", "Received", "Script", "ScriptedUpstream", "Send", "Sleep", "Step", "Wait",
+    "DONE", "Chunk", "Cut", "Do", "Received", "Script", "ScriptedUpstream", "Send", "Sleep", "Step", "Wait",
     "chat_answer", "chunk", "event", "head", "stream", "usage_chunk", "usage_of", "whole",
 ]  # fmt: skip
 
@@ -48,13 +48,20 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Do:
+    """Something of the test's own, at once."""
+
+    act: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class Cut:
     """Close the connection here; ``reset`` sends RST."""
 
     reset: bool = False
 
 
-Step = Send | Chunk | Sleep | Wait | Cut
+Step = Send | Chunk | Sleep | Wait | Do | Cut
 Script = Sequence[Step]
 
 
@@ -166,6 +173,8 @@ async def _steps(script: Script, writer: asyncio.StreamWriter) -> bool:
                 await asyncio.sleep(seconds)
             case Wait(event):
                 await event.wait()
+            case Do(act):
+                act()
             case Cut(reset):
                 if reset:
                     writer.transport.abort()

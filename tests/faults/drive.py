@@ -1,0 +1,190 @@
+"""Scenes: how a process is brought to the point where it dies, and what is done after it."""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from proxy.ledger.connect import Role, connect
+from proxy.ledger.migrate import schema_state
+from proxy.local.postgres import APP, OWNER
+from tests.e2e.proxy import PEPPER
+from tests.faults.caller import Call
+from tests.faults.judge import audited, counted, reported
+from tests.faults.nursery import Process
+from tests.faults.points import Owes, Point
+from tests.faults.provider import Answer
+from tests.faults.scene import LEASE_SECONDS, Customer, Scene
+
+__all__ = ["die_and_recover"]
+
+
+async def die_and_recover(scene: Scene, point: Point) -> list[str]:
+    """Bring a process to the point, see what it leaves, start it again, and wait until its call is settled.
+
+    Returns what went wrong, in sentences. What all calls came to is for ``judge`` to say, at the end.
+    """
+    if point.scene in _COMMANDS:
+        return await _COMMANDS[point.scene](scene, point)
+    customer = await scene.customer()
+    doomed, call = await _SCENES[point.scene](scene, point, customer)
+    wrongs = await _reached(scene, point, doomed)
+    left = [hold["state"] for hold in await scene.holds(customer)] or [None]
+    if len(left) > 1 or left[0] not in point.leaves:
+        wrongs.append(f"{point.label} left {left}, not one of {set(point.leaves)}")
+    again = await scene.worker(point.label)
+    after = await scene.call(again, customer, Answer(words=3))
+    if after.outcome != "whole":
+        wrongs.append(f"after {point.label} a call is {after.outcome} ({after.status}, {after.code})")
+    await scene.settled(customer)
+    again.signal(signal.SIGTERM)
+    if (status := await again.ended()) != 0:
+        wrongs.append(f"the process that came after {point.label} ended with {status}: {again.errors[-1000:]}")
+    wrongs += [f"after {point.label}: {wrong}" for wrong in await audited(scene)]
+    return wrongs if call is None else wrongs + _owed(scene, point, call, await scene.holds(customer))
+
+
+async def _reached(scene: Scene, point: Point, doomed: Process) -> list[str]:
+    """What speaks against its having died there."""
+    try:
+        status: int | None = await scene.died(doomed)
+    except TimeoutError:
+        status = None
+    if status != -signal.SIGKILL or doomed.note != point.label:
+        return [f"{point.label} was not reached: {doomed.note}, status {status}: {doomed.errors[-1500:]}"]
+    return []
+
+
+def _owed(scene: Scene, point: Point, call: Call, holds: list[dict[str, Any]]) -> list[str]:
+    charge = sum(hold["charge"] for hold in holds if hold["cap"] == call.cap)
+    answer = scene.provider.answer(call.name)
+    all_of_it = reported(answer.words) if answer.reports else counted(answer.words)
+    kept = {
+        Owes.NOTHING: charge == 0,
+        Owes.MARK: charge <= all_of_it,
+        Owes.ALL: charge == all_of_it,
+        Owes.MARK_OR_ALL: charge <= all_of_it,
+    }
+    return [] if kept[point.owes] else [f"{point.label} owes {point.owes.value} of {all_of_it}: {charge}"]
+
+
+# Scenes of a server. Each gives the process that is to die and the call that it dies on.
+
+Driven = tuple[Process, Call | None]
+
+
+def _answered(answer: Answer, *, stream: bool = True, leave_after: int | None = None) -> "Drive":
+    async def drive(scene: Scene, point: Point, customer: Customer) -> Driven:
+        doomed = await scene.worker(point.label, at=point.label)
+        call = await scene.call(doomed, customer, answer, stream=stream, leave_after=leave_after)
+        return doomed, call
+
+    return drive
+
+
+async def _start(scene: Scene, point: Point, customer: Customer) -> Driven:
+    return await scene.worker(point.label, at=point.label), None
+
+
+async def _stop(scene: Scene, point: Point, customer: Customer) -> Driven:
+    doomed = await scene.worker(point.label, at=point.label)
+    call = await _under_way(scene, doomed, customer)
+    doomed.signal(signal.SIGTERM)
+    return doomed, call
+
+
+async def _sweep(scene: Scene, point: Point, customer: Customer) -> Driven:
+    victim = await scene.worker(f"{point.label}.victim")
+    call = await _under_way(scene, victim, customer)
+    await scene.kill(victim)
+    await asyncio.sleep(LEASE_SECONDS + 0.2)
+    return await scene.worker(point.label, at=point.label), call
+
+
+async def _under_way(scene: Scene, process: Process, customer: Customer) -> Call:
+    """A call that has been given some words and will be given more."""
+    call = scene.plan(customer, Answer(words=200, pace=0.05))
+    scene.background.append(asyncio.create_task(scene.make(process, customer, call)))
+    async with asyncio.timeout(30):
+        while len(call.words) < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return call
+
+
+Drive = Callable[[Scene, Point, Customer], Awaitable[Driven]]
+
+_SCENES: Mapping[str, Drive] = {
+    "stream": _answered(Answer(words=15)),
+    "unreported": _answered(Answer(words=15, reports=False)),
+    "long": _answered(Answer(words=100, pace=0.1)),
+    "leaver": _answered(Answer(words=60), leave_after=5),
+    "broken": _answered(Answer(words=8, breaks=True)),
+    "whole": _answered(Answer(words=15), stream=False),
+    "refused": _answered(Answer(status=503)),
+    "start": _start,
+    "stop": _stop,
+    "sweep": _sweep,
+}
+
+
+# Scenes of a command, which is said again after it died.
+
+
+async def _grant(scene: Scene, point: Point) -> list[str]:
+    customer = await scene.customer()
+    arguments = ["credits", "grant", str(customer.id), "12.5", "--ref", point.label, "--json"]
+    wrongs = await _say_twice(scene, point, arguments)
+    customer.granted += 12_500_000
+    granted = await scene.sql.fetchval("SELECT count(*) FROM farebox.transfers WHERE reference = $1", point.label)
+    return wrongs if granted == 1 else [*wrongs, f"{point.label}: {granted} grants"]
+
+
+async def _reverse(scene: Scene, point: Point) -> list[str]:
+    customer = await scene.customer()
+    worker = await scene.worker(f"{point.label}.worker")
+    call = await scene.call(worker, customer, Answer(words=5))
+    await scene.settled(customer)
+    worker.signal(signal.SIGTERM)
+    await worker.ended()
+    assert call.request_id is not None
+    wrongs = await _say_twice(scene, point, ["credits", "reverse", call.request_id, "--reason", "sorry", "--json"])
+    reversed_all = sum(hold["reversed"] for hold in await scene.holds(customer))
+    return wrongs if reversed_all == reported(5) else [*wrongs, f"{point.label}: {reversed_all} reversed"]
+
+
+async def _migrate(scene: Scene, point: Point) -> list[str]:
+    """On a database of its own, that has nothing."""
+    name = f"{scene.database.name}_{point.label.partition('.')[2]}"
+    await scene.sql.execute(f"CREATE DATABASE {name} OWNER {OWNER}")
+    owner = scene.database.owner.replace(scene.database.name, name)
+    wrongs = await _say_twice(scene, point, ["migrate", "--grant-to", APP, "--json"], owner)
+    connection = await connect(owner)
+    try:
+        state = await schema_state(connection)
+        applied = await connection.fetchval("SELECT count(*) FROM farebox.schema_migrations")
+    finally:
+        await connection.close()
+    if state.word != "current" or applied != state.known:
+        wrongs.append(f"after {point.label} the schema is {state}, {applied} migrations")
+    # The login that was granted to may serve.
+    login = await connect(scene.database.app.replace(scene.database.name, name), Role.GATEWAY)
+    await login.close()
+    return wrongs
+
+
+async def _say_twice(scene: Scene, point: Point, arguments: list[str], dsn: str | None = None) -> list[str]:
+    """The command dies at the point; said once more it is carried out, once."""
+    values = {"DATABASE_URL": dsn or scene.database.app, "KEY_PEPPER": PEPPER}
+    doomed = await scene.run(f"{point.label}.doomed", arguments, at=point.label, **values)
+    wrongs = await _reached(scene, point, doomed)
+    again = await scene.run(f"{point.label}.again", arguments, **values)
+    if (status := await again.ended()) != 0:
+        wrongs.append(f"after {point.label} the command ends with {status}: {again.output} {again.errors[-1000:]}")
+    return wrongs
+
+
+_COMMANDS: Mapping[str, Callable[[Scene, Point], Awaitable[list[str]]]] = {
+    "grant": _grant,
+    "reverse": _reverse,
+    "migrate": _migrate,
+}
