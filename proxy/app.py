@@ -214,7 +214,7 @@ class Farebox:
 @asynccontextmanager
 async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: Timing) -> AsyncIterator[Services]:
     """The services, started; on the way out they end in reverse order."""
-    dsn, peppers = settings.database_url, settings.peppers()
+    dsn, peppers = settings.database_url_of("gateway"), settings.peppers()
     if dsn is None or peppers is None:
         raise SettingsError("FAREBOX_DATABASE_URL and FAREBOX_KEY_PEPPER are needed to serve")
     async with AsyncExitStack() as stack:
@@ -241,9 +241,9 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         await catalog.load()
         stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
         ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, stack)
-        control = await create_pool(dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
+        control = await create_pool(settings.database_url_of("control") or dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
-        reader = await create_pool(dsn, Role.READER, size=READER_CONNECTIONS)
+        reader = await create_pool(settings.database_url_of("reader") or dsn, Role.READER, size=READER_CONNECTIONS)
         stack.push_async_callback(reader.close)
         authenticator = Authenticator(holds.find_key, peppers)
         keys = UpstreamKeys(environment(), settings.upstreams.parent)

@@ -10,10 +10,18 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from proxy.core.keys import Peppers
@@ -22,6 +30,7 @@ __all__ = ["Settings", "SettingsError", "environment", "load"]
 
 PREFIX = "FAREBOX_"
 ADMIN_TOKEN_CHARS_MIN = 32
+ROLE_URLS = ("gateway_database_url", "control_database_url", "reader_database_url")
 
 
 class SettingsError(ValueError):
@@ -52,6 +61,10 @@ class Settings(BaseSettings):
     # Where the credits are.
     database_url: str | None = Field(None, validation_alias=AliasChoices("FAREBOX_DATABASE_URL", "DATABASE_URL"))
     """None: the embedded PostgreSQL in ``state_dir``."""
+    gateway_database_url: str | None = None
+    control_database_url: str | None = None
+    reader_database_url: str | None = None
+    """The same database by logins that may each act as one role only; None: ``database_url``."""
     state_dir: Path = Path(".farebox")
     """The embedded database, its demo key and locks."""
     key_pepper: SecretStr | None = None
@@ -127,7 +140,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
 
-    @field_validator("database_url")
+    @field_validator("database_url", *ROLE_URLS)
     @classmethod
     def _database_url_can_be_read(cls, value: str | None) -> str | None:
         if value is not None:
@@ -147,6 +160,18 @@ class Settings(BaseSettings):
         if value is not None and len(value.get_secret_value()) < ADMIN_TOKEN_CHARS_MIN:
             raise ValueError(f"is too short: at least {ADMIN_TOKEN_CHARS_MIN} characters")
         return value
+
+    @model_validator(mode="after")
+    def _role_urls_stand_beside_the_database_s(self) -> Self:
+        given = [name for name in ROLE_URLS if getattr(self, name) is not None]
+        if given and self.database_url is None:
+            raise ValueError(f"DATABASE_URL is needed beside {PREFIX}{given[0].upper()}")
+        return self
+
+    def database_url_of(self, role: Literal["gateway", "control", "reader"]) -> str | None:
+        """Where to log in to act as this role."""
+        url: str | None = getattr(self, f"{role}_database_url")
+        return url or self.database_url
 
     def peppers(self) -> Peppers | None:
         """The peppers that keys are hashed under; None where none is set."""
@@ -171,9 +196,15 @@ def environment() -> Mapping[str, str]:
 
 
 def load(**options: Any) -> Settings:
-    """The settings: ``options`` first (None leaves the environment's), then the environment. Raises SettingsError."""
+    """The settings: ``options`` first (None leaves the environment's), then the environment. Raises SettingsError.
+
+    A ``database_url`` among the options stands for every role that has none there, whatever the environment says.
+    """
+    values = {name: value for name, value in options.items() if value is not None}
+    if "database_url" in values:
+        values = dict.fromkeys(ROLE_URLS) | values
     try:
-        return Settings(**{name: value for name, value in options.items() if value is not None})
+        return Settings(**values)
     except ValidationError as error:
         raise SettingsError("\n".join(_line(item) for item in error.errors(include_url=False))) from None
 
@@ -183,5 +214,6 @@ def _line(item: Any) -> str:
     field = str(item["loc"][0]) if item["loc"] else "settings"
     name = PREFIX + field.upper() if field in Settings.model_fields else field
     problem = item["msg"].removeprefix("Value error, ")
-    secret = field in {"key_pepper", "admin_token"} or "DATABASE_URL" in name
+    # What is wrong with several at once has all of them for its input.
+    secret = not item["loc"] or field in {"key_pepper", "admin_token"} or "DATABASE_URL" in name
     return f"{name}: {problem}" + ("" if secret or "input" not in item else f" (got {str(item['input'])[:80]!r})")

@@ -96,8 +96,9 @@ def configure_logs(settings: Settings, tags: Mapping[str, object] | None = None)
     secrets = [
         secret.get_secret_value() for secret in (settings.key_pepper, settings.admin_token) if secret is not None
     ]
+    urls = (settings.database_url, *(settings.database_url_of(role) for role in ("gateway", "control", "reader")))
     configure(
-        Redactor([*secrets, settings.database_url or ""]),
+        Redactor([*secrets, *(url or "" for url in urls)]),
         level=logging.getLevelNamesMapping()[settings.log_level.upper()],
         plain=settings.log_format == "console",
         tags=tags,
@@ -124,7 +125,7 @@ def serving_farebox(
 
 
 async def _serve(access: Access, listener: socket.socket, told: _Told) -> None:
-    await require_schema(access.login, Role.GATEWAY)
+    await require_schema(access.login_of("gateway"), Role.GATEWAY)
     stop = Stop(with_parent=told.with_parent)
     with stop.on_signals():
         async with serving_farebox(create_app(access.settings), listener, access.settings, stop):
@@ -133,7 +134,7 @@ async def _serve(access: Access, listener: socket.socket, told: _Told) -> None:
 
 
 async def _supervise(access: Access, listener: socket.socket, told: _Told, count: int) -> None:
-    await require_schema(access.login, Role.GATEWAY)
+    await require_schema(access.login_of("gateway"), Role.GATEWAY)
     settings = access.settings
     with ExitStack() as stack:
         metrics = WorkersMetrics()
@@ -162,6 +163,9 @@ def _briefing(access: Access, slot: int) -> Briefing:
         "pricing": str(settings.pricing),
         "upstreams": str(settings.upstreams),
         "database_url": settings.database_url,
+        "gateway_database_url": settings.gateway_database_url,
+        "control_database_url": settings.control_database_url,
+        "reader_database_url": settings.reader_database_url,
         "key_pepper": settings.key_pepper.get_secret_value(),
     }
     users_lock = str(users_lock_of(StateDirectory(settings.state_dir))) if access.embedded else None

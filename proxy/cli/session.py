@@ -10,7 +10,7 @@ import pwd
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import SecretStr
 
@@ -40,6 +40,10 @@ class Access:
     embedded: bool
     failed: Callable[[], str | None] = lambda: None
     """Why the database is gone, for whoever stays: the embedded one may end by itself."""
+
+    def login_of(self, role: Literal["gateway", "control", "reader"]) -> str:
+        """Where to log in to act as this role."""
+        return self.settings.database_url_of(role) or self.login
 
 
 @contextmanager
@@ -95,8 +99,9 @@ def _failure(cluster: Cluster) -> str | None:
 
 
 async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Access) -> Result:
-    await require_schema(access.login, Role.CONTROL)
-    pool = await create_pool(access.login, Role.CONTROL, size=1)
+    login = access.login_of("control")
+    await require_schema(login, Role.CONTROL)
+    pool = await create_pool(login, Role.CONTROL, size=1)
     try:
         return await work(Operations(ControlLedger(pool), access.settings.peppers()))
     finally:
@@ -104,8 +109,9 @@ async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Acce
 
 
 async def _audit(access: Access) -> list[Check]:
-    await require_schema(access.login, Role.CONTROL)
-    connection = await connect(access.login, Role.CONTROL)
+    login = access.login_of("control")
+    await require_schema(login, Role.CONTROL)
+    connection = await connect(login, Role.CONTROL)
     try:
         return await audit(connection)
     finally:

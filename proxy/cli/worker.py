@@ -86,8 +86,9 @@ async def _serve(
 async def _serve_on(
     listener: socket.socket, settings: Settings, metrics: socket.socket, supervisor: Peer, stop: Stop
 ) -> None:
-    assert settings.database_url is not None, "the briefing has it"
-    await require_schema(settings.database_url, Role.GATEWAY)
+    login = settings.database_url_of("gateway")
+    assert login is not None, "the briefing has it"
+    await require_schema(login, Role.GATEWAY)
     app = create_app(settings)
     tell_metrics(metrics, app.metrics.registry)
     try:

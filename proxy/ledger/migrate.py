@@ -8,6 +8,7 @@ schema it makes: code whose last migration is N or later.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Literal
@@ -94,10 +95,10 @@ def known_migrations() -> list[Migration]:
     return found
 
 
-async def migrate(dsn: str, *, grant_to: str | None = None) -> list[int]:
+async def migrate(dsn: str, *, grant_to: str | None = None, roles: Sequence[Role] | None = None) -> list[int]:
     """Bring the database up to this code's schema, as its owner (who need not be a superuser); the numbers applied.
 
-    ``grant_to``: a login that may then act as each of the group roles, for serving; on its own it gets no right.
+    ``grant_to``: a login that may then act as each of ``roles`` (None: all), for serving; on its own it gets no right.
     Raises MissingRole, SchemaMismatch (a migration was edited, or the database is ahead), LedgerUnavailable, and what
     asyncpg raises where a statement fails: nothing of that migration is left, and those before it stay.
     """
@@ -106,7 +107,7 @@ async def migrate(dsn: str, *, grant_to: str | None = None) -> list[int]:
         await _ensure_roles(connection)
         applied = await _apply(connection, known_migrations())
         if grant_to is not None:
-            await _grant_roles(connection, grant_to)
+            await _grant_roles(connection, grant_to, roles)
         return applied
     finally:
         await connection.close()
@@ -193,10 +194,10 @@ def _check_history(migrations: list[Migration], rows: list[asyncpg.Record]) -> N
             )
 
 
-async def _grant_roles(connection: Connection, login: str) -> None:
+async def _grant_roles(connection: Connection, login: str, roles: Sequence[Role] | None = None) -> None:
     # SET without INHERIT: the login has to say as which role it acts, and has no right before it does.
     quoted = await connection.fetchval("SELECT quote_ident($1)", login)
-    statements = [f"GRANT {role.value} TO {quoted} WITH INHERIT FALSE, SET TRUE;" for role in Role]
+    statements = [f"GRANT {role.value} TO {quoted} WITH INHERIT FALSE, SET TRUE;" for role in roles or Role]
     try:
         for statement in statements:
             await connection.execute(statement)
