@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.asynccontextmanager
 async def serve(
-    database: Database, directory: Path, upstream: ScriptedUpstream, **settings: str
+    database: Database, directory: Path, upstream: ScriptedUpstream, *, root: str | Path = ROOT, **settings: str
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """``farebox serve`` on a free port: the process and its base URL."""
+    """``farebox serve`` on a free port: the process and its base URL. ``root``: where its code is."""
     (directory / "pricing.yaml").write_text(pricing_yaml())
     (directory / "upstreams.yaml").write_text(upstreams_yaml(upstream.base_url))
     values = {
@@ -34,7 +34,7 @@ async def serve(
         "DATABASE_URL": database.app,
         "LOG_LEVEL": "warning",
     } | settings
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(root)}
     environment |= {f"FAREBOX_{name}": value for name, value in values.items()}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy.cli", "serve", "--port", "0", "--json"),

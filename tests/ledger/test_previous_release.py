@@ -1,22 +1,18 @@
 """A server of the release before works on this release's schema as it did on its own: that is what an upgrade needs."""
 
-import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import pytest
 
-from proxy.ledger import migrate as migrations
 from proxy.ledger.connect import Connection, Role, connect
-from proxy.ledger.migrate import SchemaState, known_migrations, migrate, schema_state
-from proxy.local.postgres import APP, OWNER, SUPERUSER, ClusterAddress
+from proxy.ledger.migrate import SchemaState, schema_state
+from proxy.local.postgres import APP, SUPERUSER, ClusterAddress
+from tests.ledger.previous.database import PREVIOUS, migrated, previous_database
 from tests.ledger.previous.script import Conversation, converse
-from tests.postgres import in_thread, run_as_superuser
-
-PREVIOUS = 1
-"""The last migration that the release before knows."""
+from tests.postgres import in_thread
 
 # What belongs to the previous schema, and how: functions with their arguments, results and callers; columns; grants.
 FUNCTIONS = """
@@ -39,35 +35,19 @@ READERS = """
 """
 
 
-@contextmanager
-def made_database(cluster: ClusterAddress) -> Iterator[str]:
-    """The name of an empty database that the owner owns."""
-    name = f"t_{secrets.token_hex(6)}"
-    in_thread(run_as_superuser(cluster, f"CREATE DATABASE {name} OWNER {OWNER}"))
-    yield name
-    in_thread(run_as_superuser(cluster, f"DROP DATABASE {name} WITH (FORCE)"))
-
-
 @pytest.fixture(scope="module")
 def previous(cluster: ClusterAddress) -> Iterator[str]:
     """A database on the schema of the release before."""
-    with made_database(cluster) as name, pytest.MonkeyPatch.context() as patch:
-        first = known_migrations()[:PREVIOUS]
-        patch.setattr(migrations, "known_migrations", lambda: first)
-        in_thread(_migrate(cluster.dsn(OWNER, name)))
-        yield name
+    with previous_database(cluster) as database:
+        yield database.name
 
 
 @pytest.fixture(scope="module")
 def newest(cluster: ClusterAddress) -> Iterator[str]:
     """A database that was on the previous schema, and has been migrated."""
-    with made_database(cluster) as name:
-        in_thread(_migrate(cluster.dsn(OWNER, name)))
-        yield name
-
-
-async def _migrate(owner: str) -> None:
-    await migrate(owner, grant_to=APP)
+    with previous_database(cluster) as database:
+        in_thread(migrated(database))
+        yield database.name
 
 
 @asynccontextmanager
