@@ -48,6 +48,7 @@ from proxy.ledger.control import ControlLedger
 from proxy.ledger.errors import LedgerError, LedgerUnavailable, SchemaMismatch
 from proxy.ledger.holds import HoldLedger
 from proxy.ledger.idempotency import IdempotencyLedger
+from proxy.ledger.journaling import Journaling, JournalTerms
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
 from proxy.ledger.migrate import schema_state
@@ -86,6 +87,7 @@ class Timing:
     renew_seconds: float = 5.0
     sweep_seconds: float = 10.0
     settled_seconds: float = 15.0
+    takeover_seconds: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Services:
     operations: Operations
     reader: AccountReader
     settler: Settler
+    journaling: Journaling
     chat: Chat
     leaving: asyncio.Event
     """Set when this process is about to end: not ready, though it may still take requests for a while."""
@@ -126,6 +129,11 @@ class Farebox:
         self.metrics = Metrics()
         self.failure: str | None = None
         """Why the lifespan didn't start or end as it should."""
+
+    @property
+    def broken(self) -> str | None:
+        """Why this process has to end; it admits nothing more. For whoever runs it to ask now and then."""
+        return None if self._services is None else self._services.journaling.failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -226,21 +234,18 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         pool = await create_pool(dsn, Role.GATEWAY, size=GATEWAY_CONNECTIONS)
         stack.push_async_callback(pool.close)
         holds = HoldLedger(pool)
-
-        async def put_price_version(price_version: str, body: str) -> None:
-            await holds.put_price_version(price_version, body)
-
+        journaling = Journaling(_journal_terms(settings, timing), holds, metrics)
         catalog = CatalogReloader(
             settings.pricing,
             settings.upstreams,
-            put_price_version,
+            journaling.put_prices,
             metrics=metrics,
             poll_seconds=settings.reload_seconds,
             adapt=adapt,
         )
         await catalog.load()
         stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
-        ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, stack)
+        ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, journaling, stack)
         control = await create_pool(settings.database_url_of("control") or dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
         reader = await create_pool(settings.database_url_of("reader") or dsn, Role.READER, size=READER_CONNECTIONS)
@@ -277,21 +282,26 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             operations=Operations(ControlLedger(control), peppers),
             reader=AccountReader(reader),
             settler=settler,
+            journaling=journaling,
             chat=chat,
             leaving=asyncio.Event(),
         )
 
 
 async def _money(
-    settings: Settings, dsn: str, metrics: Metrics, counter: TokenCounter, timing: Timing, stack: AsyncExitStack
+    settings: Settings,
+    dsn: str,
+    metrics: Metrics,
+    counter: TokenCounter,
+    timing: Timing,
+    journaling: Journaling,
+    stack: AsyncExitStack,
 ) -> tuple[MeasuredLedger, WorkerLease, Settler]:
     """What holds and charges credits. The lease ends last, after everything that it is the right to do."""
     open_line = lines_to(dsn)
 
     limits = BatchLimits(reserve_seconds=settings.reserve_seconds)
     ledger = BatchedLedger(open_line, limits=limits, observe=metrics.batch)
-    measured = MeasuredLedger(ledger, metrics)
-    settler = Settler(measured, metrics=metrics, count_each=counter.count_each)
     lease = WorkerLease(
         open_line,
         hostname=platform.node(),
@@ -301,10 +311,13 @@ async def _money(
         lease_seconds=timing.lease_seconds,
         renew_seconds=timing.renew_seconds,
     )
+    measured = MeasuredLedger(await journaling.before(ledger, lease.worker_id, stack), metrics)
+    settler = Settler(measured, metrics=metrics, count_each=counter.count_each)
     await lease.start()
     stack.push_async_callback(lease.stop)
     await ledger.start()
-    stack.push_async_callback(_stop_ledger, ledger)
+    stack.push_async_callback(_stop_ledger, ledger, journaling)
+    journaling.take_over(ledger, stack)
     settler.start()
     sweeper = Sweeper(
         open_line,
@@ -319,6 +332,12 @@ async def _money(
         unsettled=lambda: settler.unsettled,
         lease_held=lambda: float(lease.held()),
     )
+    if (journal := journaling.journal) is not None:
+        metrics.watch_journal(
+            size=lambda: journal.size,
+            waiting=lambda: journal.waiting,
+            admitting=lambda: float(journal.refusal is None),
+        )
     return measured, lease, settler
 
 
@@ -344,10 +363,25 @@ async def _idempotency(
     return idempotency
 
 
-async def _stop_ledger(ledger: BatchedLedger) -> None:
+def _journal_terms(settings: Settings, timing: Timing) -> JournalTerms | None:
+    path = settings.journal_path()
+    if path is None:
+        return None
+    return JournalTerms(
+        path,
+        bytes_max=settings.journal_bytes_max,
+        keep_seconds=settings.journal_keep_seconds,
+        kept_bytes_max=settings.journal_kept_bytes_max,
+        release=RELEASE,
+        scan_seconds=timing.takeover_seconds,
+    )
+
+
+async def _stop_ledger(ledger: BatchedLedger, journaling: Journaling) -> None:
     remains = await ledger.stop(LEDGER_STOP_SECONDS)
+    lost = "was not written" if journaling.journal is None else "waits in the journal"
     for row in remains.finalizes:
-        log.error("a charge was not written", request_id=str(row.hold_id), charge=row.charge)
+        log.error(f"a charge {lost}", request_id=str(row.hold_id), charge=row.charge)
     if remains.holds:
         log.error("holds are left to the sweeper", holds=[str(hold) for hold in remains.holds])
 
@@ -430,11 +464,16 @@ def _health(services: Services) -> Health:
         except LedgerUnavailable:
             raise Problem("unknown: the ledger's database can't be reached") from None
 
+    async def journal() -> None:
+        if (refusal := services.journaling.refusal) is not None:
+            raise Problem(refusal)
+
     def catalog() -> CatalogStatus:
         state = services.catalog.state
         return CatalogStatus(state.version, state.models, state.error)
 
-    return Health({"admitting": admitting, "lease": lease, "database": database, "schema": schema}, catalog)
+    checks = {"admitting": admitting, "lease": lease, "database": database, "schema": schema, "journal": journal}
+    return Health(checks, catalog)
 
 
 def _front(services: Services) -> Front:

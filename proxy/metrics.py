@@ -58,6 +58,7 @@ class Metrics:
         self._make_requests()
         self._make_credits()
         self._make_ledger()
+        self._make_journal()
         self._make_catalog()
 
     # Requests
@@ -153,6 +154,37 @@ class Metrics:
             if read is not None:
                 gauge.set_function(read)
 
+    # Journal
+
+    def journal_synced(self, rows: int, seconds: float) -> None:
+        """So many rows became durable in the journal by one sync."""
+        self._journal_rows.inc(rows)
+        self._journal_sync.observe(seconds)
+
+    def journal_skipped(self, rows: int) -> None:
+        """Rows went to the ledger without being durable in the journal: its disk is full, broken or silent."""
+        self._journal_skipped.inc(rows)
+
+    def journal_rejected(self) -> None:
+        """The ledger will never carry out a row: it was put aside."""
+        self._journal_rejected.inc()
+
+    def journal_replayed(self, rows: int) -> None:
+        """Rows were carried out for a process that is gone."""
+        self._journal_replayed.inc(rows)
+
+    def journal_damaged(self) -> None:
+        """A journal was found damaged in its middle."""
+        self._journal_damaged.inc()
+
+    def watch_journal(
+        self, *, size: Callable[[], float], waiting: Callable[[], float], admitting: Callable[[], float]
+    ) -> None:
+        """Read these when scraped: bytes, rows that the ledger hasn't confirmed, whether it takes new work."""
+        self._journal_bytes.set_function(size)
+        self._journal_waiting.set_function(waiting)
+        self._journal_admitting.set_function(admitting)
+
     # Catalog
 
     def catalog_loaded(self, version: str, routes: int) -> None:
@@ -215,6 +247,19 @@ class Metrics:
         self._marks_seconds = self._histogram("marks_seconds", "Counting open answers for a heartbeat.", _FAST_SECONDS)
         self._marks_late = self._counter("marks_late_total", "Heartbeats for which not all open answers were counted.")
         self._lease = self._gauge("worker_lease_held", "1 while this process may admit requests.")
+
+    def _make_journal(self) -> None:
+        self._journal_rows = self._counter("journal_rows_total", "Rows made durable in the journal.")
+        self._journal_sync = self._histogram("journal_sync_seconds", "Time of a sync of the journal.", _FAST_SECONDS)
+        self._journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's files in which rows wait.")
+        self._journal_waiting = self._gauge("journal_waiting_rows", "Rows that the ledger has not confirmed.")
+        self._journal_admitting = self._gauge("journal_admitting", "1 while the journal takes new work.")
+        self._journal_skipped = self._counter("journal_skipped_total", "Rows that went on without being durable.")
+        self._journal_rejected = self._counter("journal_rejected_total", "Rows that the ledger will never carry out.")
+        self._journal_replayed = self._counter(
+            "journal_replayed_total", "Rows carried out for processes that are gone."
+        )
+        self._journal_damaged = self._counter("journal_damaged_total", "Journals found damaged in their middle.")
 
     def _make_catalog(self) -> None:
         self._catalog_lock = threading.Lock()

@@ -72,6 +72,17 @@ class Settings(BaseSettings):
     reserve_seconds: Seconds = 5.0
     """How long a call waits for the ledger before it is answered 503."""
 
+    # What this machine knows before the database does.
+    journal_dir: Path | Literal["off"] | None = None
+    """Where charges are written down before they go to the database; None: ``journal`` in ``state_dir``. ``off``: no
+    journal, for disks that don't outlive the process."""
+    journal_bytes_max: int = Field(256 * 1024 * 1024, ge=64 * 1024)
+    """Bytes, a process, that may wait for the database before no new work is taken."""
+    journal_keep_seconds: float = Field(86_400, ge=0)
+    """How long what is done is kept, for a database that forgets."""
+    journal_kept_bytes_max: int = Field(1024 * 1024 * 1024, ge=0)
+    """Bytes, in the whole directory, above which what is done goes earlier, the oldest first."""
+
     # What is sold, and through whom.
     pricing: Path = Path("pricing.yaml")
     upstreams: Path = Path("config/upstreams.yaml")
@@ -172,6 +183,12 @@ class Settings(BaseSettings):
         """Where to log in to act as this role."""
         url: str | None = getattr(self, f"{role}_database_url")
         return url or self.database_url
+
+    def journal_path(self) -> Path | None:
+        """The journal's directory; None where there is to be none."""
+        if self.journal_dir == "off":
+            return None
+        return self.journal_dir or self.state_dir / "journal"
 
     def peppers(self) -> Peppers | None:
         """The peppers that keys are hashed under; None where none is set."""

@@ -78,6 +78,8 @@ def fresh_database(address: ClusterAddress) -> Iterator[Database]:
     """A copy of the template, dropped at the end."""
     name = f"t_{secrets.token_hex(6)}"
     in_thread(run_as_superuser(address, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY OWNER {OWNER}"))
+    # A copy is the same ledger; a test's is one of its own.
+    in_thread(run_as_superuser(address, "UPDATE farebox.ledger_identity SET id = DEFAULT", database=name))
     try:
         yield Database(name, address.dsn(OWNER, name), address.dsn(APP, name), address.dsn(SUPERUSER, name))
     finally:

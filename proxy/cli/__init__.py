@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from proxy.cli import accounts, book, credits, keys, pricing
+from proxy.cli import accounts, book, credits, journal, keys, pricing
 from proxy.cli.demo import demo
 from proxy.cli.migrate import migrate
 from proxy.cli.serve import serve
@@ -30,6 +30,7 @@ app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")
 app.command()(book.audit)
+app.add_typer(journal.app, name="journal")
 
 
 def main() -> None:

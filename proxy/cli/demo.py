@@ -113,7 +113,7 @@ async def _serve(asked: _Demo, access: Access, listener: socket, catalog: Catalo
             app = create_app(settings, adapt=adapt)
             await stack.enter_async_context(serving_farebox(app, listener, settings, stop))
             typer.echo(_welcome(base_url(listener), key, catalog, asked))
-            await stop.wait(access.failed)
+            await stop.wait(lambda: access.failed() or app.broken)
             _say("stopping")
 
 

@@ -128,9 +128,10 @@ async def _serve(access: Access, listener: socket.socket, told: _Told) -> None:
     await require_schema(access.login_of("gateway"), Role.GATEWAY)
     stop = Stop(with_parent=told.with_parent)
     with stop.on_signals():
-        async with serving_farebox(create_app(access.settings), listener, access.settings, stop):
+        app = create_app(access.settings)
+        async with serving_farebox(app, listener, access.settings, stop):
             told.ready()
-            await stop.wait(access.failed)
+            await stop.wait(lambda: access.failed() or app.broken)
 
 
 async def _supervise(access: Access, listener: socket.socket, told: _Told, count: int) -> None:

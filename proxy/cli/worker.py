@@ -94,7 +94,7 @@ async def _serve_on(
     try:
         async with serving_farebox(app, listener, settings, stop):
             supervisor.say(said="ready")
-            await stop.wait()
+            await stop.wait(lambda: app.broken)
     except LocalError as error:
         raise LocalError(app.failure or str(error)) from error
 

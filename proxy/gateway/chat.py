@@ -37,7 +37,7 @@ from proxy.gateway.relay import Order, Relay
 from proxy.gateway.settle import Settler
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream_keys import UpstreamKeys
-from proxy.ledger.errors import LedgerError, LedgerUnavailable
+from proxy.ledger.errors import JournalFull, LedgerError, LedgerUnavailable
 from proxy.ledger.idempotency import Claim
 from proxy.ledger.records import ApiKey, Reserve, Reserved, ReserveOutcome
 from proxy.metrics import Metrics
@@ -256,6 +256,8 @@ class Chat:
         )
         try:
             return await self._ledger.reserve(row)
+        except JournalFull as error:
+            raise unavailable("journal_full", NOT_NOW) from error
         except LedgerUnavailable as error:
             raise unavailable("ledger_unavailable", NOT_NOW) from error
         except LedgerError as error:

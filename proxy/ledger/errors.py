@@ -2,6 +2,8 @@
 
 LedgerError
   LedgerUnavailable    Postgres can't be reached, is restarting, or didn't answer in time: retry with the same id
+    JournalFull        the journal takes no new work: a charge that couldn't be written down might be lost
+  JournalError         a journal, or its directory, can't be used; the message says what to do
   SchemaMismatch       the database has another schema than this code needs; the message says what to run
   MissingRole          the login lacks a right to migrate, or roles that it may not make; the message is the SQL to run
   InvalidValue         (also a ValueError) a value that can't be stored: NUL, lone surrogate, amount out of bounds
@@ -9,7 +11,17 @@ LedgerError
   Conflict             the id or reference stands for something else already, or the row has changed meanwhile
 """
 
-__all__ = ["Conflict", "InvalidValue", "LedgerError", "LedgerUnavailable", "MissingRole", "SchemaMismatch", "Unknown"]
+__all__ = [
+    "Conflict",
+    "InvalidValue",
+    "JournalError",
+    "JournalFull",
+    "LedgerError",
+    "LedgerUnavailable",
+    "MissingRole",
+    "SchemaMismatch",
+    "Unknown",
+]
 
 
 class LedgerError(Exception):
@@ -18,6 +30,14 @@ class LedgerError(Exception):
 
 class LedgerUnavailable(LedgerError):
     """Postgres can't be asked now. The call may or may not have taken effect: ids make a retry safe."""
+
+
+class JournalFull(LedgerUnavailable):
+    """No new work: the journal is full, can't be written, or its disk doesn't answer. Nothing was held."""
+
+
+class JournalError(LedgerError):
+    """A journal, or its directory, can't be used; the message says what to do about it."""
 
 
 class SchemaMismatch(LedgerError):

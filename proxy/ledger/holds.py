@@ -181,6 +181,12 @@ class HoldLedger:
             row = await self._database.fetchrow("SELECT * FROM farebox.find_key($1)", key_id)
         return None if row is None else api_key(row)
 
+    async def ledger_id(self) -> UUID:
+        """Which ledger this is: the same in its backups and standbys, another in every other database."""
+        with translated():
+            found: UUID = await self._database.fetchval("SELECT farebox.ledger_id()")
+        return found
+
     async def put_price_version(self, version: str, body: str) -> bool:
         """Keep a catalog's body for ever under its SHA-256 (hex). False: it was known."""
         check_text("body", body)

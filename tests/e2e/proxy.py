@@ -199,6 +199,7 @@ async def running_proxy(
         "key_pepper": PEPPER,
         "pricing": directory / "pricing.yaml",
         "upstreams": directory / "upstreams.yaml",
+        "state_dir": directory / "state",
         "metrics_port": 0,
         "shutdown_seconds": 2.0,
         "reload_seconds": 0.1,

@@ -22,6 +22,7 @@ GATEWAY = {
     "sweep",
     "find_key",
     "put_price_version",
+    "ledger_id",
     "claim_key",
     "free_key",
     "keep_answer",

@@ -1021,6 +1021,13 @@ CREATE FUNCTION farebox.lease_length() RETURNS interval
     LANGUAGE sql IMMUTABLE
     AS $$ SELECT interval '30 seconds' $$;
 
+CREATE FUNCTION farebox.ledger_id() RETURNS uuid
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT i.id FROM farebox.ledger_identity i
+$$;
+
 CREATE FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) RETURNS uuid[]
     LANGUAGE plpgsql
     SET enable_seqscan TO 'off'
@@ -1591,6 +1598,12 @@ CREATE UNLOGGED TABLE farebox.idempotency_answers (
     expires_at timestamp with time zone NOT NULL
 );
 
+CREATE TABLE farebox.ledger_identity (
+    id uuid DEFAULT gen_random_uuid() NOT NULL,
+    only_one boolean DEFAULT true NOT NULL,
+    CONSTRAINT ledger_identity_only_one_check CHECK (only_one)
+);
+
 CREATE TABLE farebox.price_versions (
     version text NOT NULL,
     body text NOT NULL,
@@ -1679,6 +1692,9 @@ ALTER TABLE ONLY farebox.idempotency_answers
 
 ALTER TABLE ONLY farebox.idempotency_keys
     ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (account_id, key_hash);
+
+ALTER TABLE ONLY farebox.ledger_identity
+    ADD CONSTRAINT ledger_identity_pkey PRIMARY KEY (only_one);
 
 ALTER TABLE ONLY farebox.price_versions
     ADD CONSTRAINT price_versions_pkey PRIMARY KEY (version);
@@ -1839,6 +1855,9 @@ GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea
 REVOKE ALL ON FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.lease_length() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.ledger_id() FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.ledger_id() TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) FROM PUBLIC;
 
