@@ -122,9 +122,11 @@ class Link:
             asyncio.create_task(self._pass("back", there, writer, ends)),
         ]
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            # One side has closed: what the other still says goes through, as with a half-closed connection.
-            await asyncio.wait(ways, timeout=0.2)
+            # Ended by ``__aexit__`` alone, where a cancelled task would be reported as one that failed.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                # One side has closed: what the other still says goes through, as with a half-closed connection.
+                await asyncio.wait(ways, timeout=0.2)
         finally:
             for way in ways:
                 way.cancel()
