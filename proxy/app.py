@@ -264,7 +264,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             lease_held=lease.held,
             worker_id=lease.worker_id,
             settler=settler,
-            relay=Relay(http, settler, drains_max=settings.drains_max),
+            relay=Relay(http, settler, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds),
             idempotency=await _idempotency(settings, dsn, lease.worker_id, metrics, stack),
             dialects=DIALECTS,
             metrics=metrics,

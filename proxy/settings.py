@@ -133,6 +133,8 @@ class Settings(BaseSettings):
     """The least output cap that is sent because a balance is short; below it the call is refused."""
     send_seconds: Seconds = 30.0
     """How long a client may not read before it counts as gone."""
+    keepalive_seconds: float = Field(15.0, ge=0, le=3_600)
+    """How long a stream may be silent before its client is sent a comment; 0: none is ever sent."""
     drains_max: int = Field(500, ge=0)
     """How many answers are read on at once for clients that left; one more is cut off and charged by count."""
 

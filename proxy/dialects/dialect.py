@@ -63,6 +63,10 @@ class Dialect(Protocol):
         """The request as this upstream wants it. ``output_cap`` is sent only where it isn't None."""
         ...
 
+    def is_stream(self, first: bytes) -> bool | None:
+        """Whether an answer that begins so is a stream and not one piece; None where that can't be told yet."""
+        ...
+
     def stream_decoder(self, usage_asked: bool, *, usage_forced: bool = True, choices: int = 1) -> Decoder:
         """A decoder for an answer that the client wants streamed, whatever the answer's content type claims.
 

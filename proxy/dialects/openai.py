@@ -32,6 +32,7 @@ PATH = "/chat/completions"
 # Members of a chunk without choices that only describe the answer. Any other that isn't empty is content.
 _CONTENT = ("prompt_filter_results", "prompt_annotations", "content_filter_results", "moderation", "error")
 
+_BODY_STARTS = (b"{", b"[", b"<")
 _BLANKS_AND_BOM = b" \t\r\n\xef\xbb\xbf"
 
 
@@ -51,6 +52,11 @@ class OpenAI:
         # identity: an encoded answer could not be metered as it passes.
         headers = {"content-type": "application/json", "accept": accept, "accept-encoding": "identity"}
         return UpstreamRequest(PATH, MappingProxyType(headers), body, include_usage and not request.usage_asked)
+
+    def is_stream(self, first: bytes) -> bool | None:
+        """An object, an array or HTML is an answer in one piece."""
+        start = first.lstrip(_BLANKS_AND_BOM)
+        return start[:1] not in _BODY_STARTS if start else None
 
     def stream_decoder(self, usage_asked: bool, *, usage_forced: bool = True, choices: int = 1) -> "AnswerDecoder":
         """A decoder for an answer that the client wants streamed."""
@@ -88,25 +94,24 @@ class AnswerDecoder:
         self._splitter = Splitter(event_bytes_max)
         self._body_bytes_max = body_bytes_max
         self._body: bytearray | None = None
-        self._head: bytearray | None = bytearray()  # blanks that came before anything else
+        self._sniffing = True  # nothing but blanks so far
         self._dropped = False  # the last piece that didn't join another
 
     @property
     def between_events(self) -> bool:
         """Whether an event of our own could be sent to the client here."""
         # Unless bytes go as they come, what the splitter has begun to read the client hasn't seen.
-        return self._body is None and (not self._as_it_comes or self._splitter.between_events)
+        return not self._as_it_comes or self._splitter.between_events
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that the client gets for these. Raises AnswerTooLarge."""
-        held = b""
-        if self._head is not None:
-            held = self._sniff(data)
+        if self._sniffing:
+            self._sniff(data)
         if self._body is not None:
             self._body += data
             if len(self._body) > self._body_bytes_max:
                 raise AnswerTooLarge(f"the answer is larger than {self._body_bytes_max} bytes")
-            return data if self._as_it_comes else held + data
+            return b""
         pieces = self._splitter.feed(data)
         if self._as_it_comes:
             for piece in pieces:
@@ -116,25 +121,23 @@ class AnswerDecoder:
         return b"".join([self._relay(piece) for piece in pieces])
 
     def finish(self) -> bytes:
-        """What was held back at the end: an event or a line that never ended."""
+        """What was held back at the end: an event or a line that never ended, or an answer in one piece.
+
+        Half of such an answer would be text that can be read and not be counted, so it goes whole or not at all.
+        """
         if self._body is not None:
             self._read_body()
-            return b""
+            return bytes(self._body)
         left = b"".join([self._relay(piece) for piece in self._splitter.finish()])
         return b"" if self._as_it_comes else left
 
-    def _sniff(self, data: bytes) -> bytes:
+    def _sniff(self, data: bytes) -> None:
         """Decide what this is, once there is something to see; if a body, take back what the splitter held."""
-        assert self._head is not None
         start = data.lstrip(_BLANKS_AND_BOM)
-        self._head += data[: len(data) - len(start)]
-        if not start:
-            return b""
-        head, self._head = self._head, None
-        if start[:1] not in (b"{", b"[", b"<"):
-            return b""
-        self._body = head[: len(head) - (len(data) - len(start))]
-        return b"".join(piece.raw for piece in self._splitter.finish())
+        self._sniffing = not start
+        if start[:1] in _BODY_STARTS:
+            held = b"".join(piece.raw for piece in self._splitter.finish())
+            self._body = bytearray(b"" if self._as_it_comes else held)
 
     def _relay(self, piece: Piece) -> bytes:
         if piece.data is None:

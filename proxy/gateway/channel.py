@@ -63,6 +63,16 @@ class Channel:
         return self.produced_bytes if self._abandoned else self.sent_bytes - self.unsent_bytes()
 
     @property
+    def is_kept(self) -> bool:
+        """Whether what goes through is kept to be given again, so that it has a reader though its client left."""
+        return False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the consumer has taken all that there is so far."""
+        return not self._chunks
+
+    @property
     def started(self) -> bool:
         """Whether the head is there: from then on an error can only break the answer off."""
         return self._head is not None
@@ -88,6 +98,10 @@ class Channel:
             self._chunks.append(data)
             self._size += len(data)
             _wake(self._reader)
+
+    def interject(self, data: bytes) -> None:
+        """Add bytes of our own that are no part of the answer."""
+        Channel.put_at_once(self, data)
 
     def end(self) -> None:
         """Nothing more comes: the answer is whole."""

@@ -26,6 +26,7 @@ from proxy.dialects.dialect import Dialect
 from proxy.gateway.auth import Authenticator, require_model, require_scope
 from proxy.gateway.channel import Abandoned, BrokenOff
 from proxy.gateway.client import Client
+from proxy.gateway.departure import policy_of
 from proxy.gateway.exchange import Ending, Exchange, Ticket
 from proxy.gateway.front import Call, Receive, Scope, Send
 from proxy.gateway.headers import Headers, request_headers
@@ -284,6 +285,7 @@ class Chat:
             stream=request.stream,
             cap_sent=cap.tokens,
             count=count,
+            on_disconnect=policy_of(plan.route, request),
         )
 
     async def _count(self, plan: _Plan, request: ChatRequest, meter: Meter | None) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 - What the upstream reported is charged; what it didn't is counted on the joined text of each choice.
 - A report of zeros is believed where nothing was said, and is no report where something was.
 - An answer of which nothing came through is free where that isn't the client's doing.
+- A model that reasons unseen, cut off since its client left, is charged for the time in which it showed nothing.
 - A counted charge never exceeds the hold; a reported one may, but above four times what is possible it isn't believed:
   the hold is charged and the answer is flagged. Possible is what the model can say, not what the client's cap allows:
   some servers know one name of the cap and ignore the other, and a cap of one token would buy a whole answer.
@@ -16,6 +17,7 @@ from typing import Any
 from proxy.core.pricing import charge
 from proxy.core.reckon import needs_count, reckon
 from proxy.core.usage import Usage, UsageSource
+from proxy.gateway.departure import unseen_reasoning
 from proxy.gateway.exchange import Ending, Exchange
 from proxy.ledger.records import Finalize
 
@@ -25,6 +27,7 @@ __all__ = ["IMPLAUSIBLE", "Due", "finalize_row", "find_due", "uncountable_due"]
 BELIEVED_TIMES_POSSIBLE = 4
 IMPLAUSIBLE = "implausible_usage"
 COUNTED_ABOVE_HOLD = "counted_above_hold"
+TIMED_REASONING = "timed_reasoning"
 
 # Nothing was asked of the upstream, or it said no: free whatever was seen.
 _FREE = frozenset({Ending.CLIENT_LEFT_UNSENT, Ending.UPSTREAM_REFUSED, Ending.UPSTREAM_UNREACHABLE})
@@ -56,12 +59,12 @@ async def find_due(exchange: Exchange) -> Due | None:
         if ending not in _CHARGED or (ending in _WHOLE and meter is not None and meter.zeros_reported):
             return None
         prompt, _ = await ticket.count(None)
-        return _counted(exchange, Usage(input=prompt), "counted")
+        return _timed(exchange, Usage(input=prompt), "counted")
     prompt, said = await ticket.count(meter) if needs_count(meter, quirks) else (0, 0)
     found = reckon(meter, quirks, counted_input=prompt, counted_output=said, bounds=ticket.bounds)
     reported = found.source == "reported"
-    due = _reported(exchange, found.usage) if reported else _counted(exchange, found.usage, found.source)
-    return replace(due, flags=found.flags)
+    due = _reported(exchange, found.usage) if reported else _timed(exchange, found.usage, found.source)
+    return replace(due, flags=(*found.flags, *due.flags))
 
 
 def uncountable_due(exchange: Exchange) -> Due:
@@ -70,6 +73,16 @@ def uncountable_due(exchange: Exchange) -> Due:
     usage = Usage(input=bounds.input, output=bounds.output)
     cost = charge(exchange.ticket.variant.price, usage)
     return Due(min(exchange.granted, cost), usage, "counted", "uncountable")
+
+
+def _timed(exchange: Exchange, usage: Usage, source: UsageSource) -> Due:
+    """With the reasoning that was taken to have been written unseen, for which there is nothing but the time."""
+    room = exchange.ticket.bounds.output - usage.output - usage.reasoning - usage.audio_output
+    unseen = min(unseen_reasoning(exchange), max(room, 0))
+    if not unseen:
+        return _counted(exchange, usage, source)
+    due = _counted(exchange, replace(usage, reasoning=usage.reasoning + unseen), source)
+    return replace(due, flags=(TIMED_REASONING,))
 
 
 def _counted(exchange: Exchange, usage: Usage, source: UsageSource) -> Due:
@@ -129,6 +142,8 @@ def _receipt(exchange: Exchange, due: Due) -> dict[str, Any]:
         "cap_sent": ticket.cap_sent,
         "capped": due.capped,
         "usage_flags": due.flags,
+        "seconds_to_leaving": _between(exchange.sent_at, exchange.left_at),
+        "cut_by": exchange.cut_by,
         "seconds_to_first_byte": _between(exchange.sent_at, exchange.first_byte_at),
     }
 

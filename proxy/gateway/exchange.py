@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from uuid import UUID
 
-from proxy.core.catalog import Route, Variant
+from proxy.core.catalog import OnDisconnect, Route, Variant
 from proxy.core.meter import Meter
 from proxy.core.pricing import Bounds
 from proxy.gateway.progress import CountEach, Progress
@@ -20,7 +20,7 @@ class Ending(StrEnum):
     CLIENT_LEFT = "client_left"
     """The client left; the upstream was read on to its end."""
     CLIENT_LEFT_CUT = "client_left_cut"
-    """The client left, and the upstream wasn't done when the drain's limit came."""
+    """The client left, and the upstream was cut off before it was done: by policy, or at a limit of the drain."""
     CLIENT_LEFT_UNSENT = "client_left_unsent"
     """The client left before anything went to the upstream."""
     UPSTREAM_REFUSED = "upstream_refused"
@@ -63,6 +63,8 @@ class Ticket:
     cap_sent: int | None
     """The output cap that was sent because of the balance, for each choice; None where none was."""
     count: Count
+    on_disconnect: OnDisconnect = OnDisconnect.DRAIN
+    """What becomes of the answer if its client leaves."""
 
 
 class Exchange:
@@ -85,6 +87,15 @@ class Exchange:
         self.opened_at = clock()
         """The loop's time, as every time here."""
         self.ending: Ending | None = None
+        self.asked_at: float | None = None
+        """When the last byte of the request had gone out. Before that the upstream has nothing to answer."""
+        self.first_said_at: float | None = None
+        """When the first text, tool call or visible reasoning came."""
+        self.left_at: float | None = None
+        """When the client left before the answer's end."""
+        self.cut_by: str | None = None
+        """What cut the answer off after its client had left, and when."""
+        self.cut_at: float | None = None
         self.first_byte_at: float | None = None
         self.upstream_status: int | None = None
         self.upstream_request_id: str | None = None

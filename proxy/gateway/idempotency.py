@@ -287,6 +287,10 @@ class _Recording(Channel):
         self._parts: list[bytes] | None = []
         self._taken = 0
 
+    @property
+    def is_kept(self) -> bool:
+        return self._parts is not None
+
     def start(self, head: Head) -> None:
         self._start = head
         super().start(head)

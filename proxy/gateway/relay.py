@@ -2,7 +2,7 @@
 
 The *pump* runs in a task of the settler's, not of the request's. It puts what it reads into a bounded channel, feeds
 the dialect's decoder, and closes the exchange with how the answer ended. When the client leaves, it reads on without
-one for as long as the route's ``drain_seconds`` allow, since the usage comes last.
+one, or stops, as ``departure.py`` has it.
 
 What the client may never see is a cut answer that looks whole: an upstream that breaks, stalls or stops without having
 said that it was done ends in an error event and a broken socket.
@@ -22,8 +22,10 @@ from proxy.core.meter import Ending as AnswerEnding
 from proxy.core.sse import AnswerTooLarge
 from proxy.dialects.dialect import Decoder, Dialect
 from proxy.gateway.channel import Channel, Head
+from proxy.gateway.departure import Departure, Drains
 from proxy.gateway.exchange import Ending, Exchange
 from proxy.gateway.headers import Headers, answer_headers
+from proxy.gateway.keepalive import KeepAlive
 from proxy.gateway.settle import Settler
 from proxy.gateway.upstream import (
     Answer,
@@ -43,6 +45,8 @@ BODY_BYTES_MAX = 64 * 1024 * 1024
 ERROR_BYTES_MAX = 1024 * 1024
 # How long an upstream may keep its socket open after [DONE]: the client has everything and is waiting for the end.
 TAIL_SECONDS = 5.0
+# Blanks that are looked through for an answer's beginning.
+SNIFFED_BYTES_MAX = 4_096
 
 _STREAM_HEADERS: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
@@ -64,13 +68,19 @@ class Order:
 
 
 class Relay:
-    """Starts pumps. ``drains_max`` bounds how many answers are read on at once for clients that have left."""
+    """Starts pumps.
 
-    def __init__(self, client: UpstreamClient, settler: Settler, *, drains_max: int = 500) -> None:
+    ``drains_max`` bounds how many answers are read on at once for clients that have left. A stream that is silent for
+    ``keepalive_seconds`` gets a comment; 0: none does.
+    """
+
+    def __init__(
+        self, client: UpstreamClient, settler: Settler, *, drains_max: int = 500, keepalive_seconds: float = 15.0
+    ) -> None:
         self.client = client
         self.settler = settler
-        self.drains_max = drains_max
-        self.drains = 0
+        self.drains = Drains(drains_max)
+        self.keepalive_seconds = keepalive_seconds
 
     def start(self, exchange: Exchange, order: Order, channel: Channel) -> "Pump":
         """Send the order; its answer comes through the channel."""
@@ -88,8 +98,9 @@ class Pump:
         self._exchange = exchange
         self._order = order
         self._decoder: Decoder | None = None
-        self._left = False
-        self._drain_timer: asyncio.TimerHandle | None = None
+        self._departure: Departure | None = None
+        self._keepalive = KeepAlive(self.channel, relay.keepalive_seconds, self._may_comment)
+        self._is_stream = False
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -100,17 +111,12 @@ class Pump:
         self._task = self._relay.settler.own(self._run())
 
     def client_left(self) -> None:
-        """Nobody reads any more: drain, within the limits."""
+        """Nobody reads any more: read on, or stop."""
         self.channel.abandon()
-        if self._left or self._exchange.ending is not None:
-            return
-        self._left = True
-        self._relay.drains += 1
-        if self._relay.drains > self._relay.drains_max:
-            self.cut(Ending.CLIENT_LEFT_CUT)
-        else:
-            seconds = self._exchange.ticket.route.drain_seconds
-            self._drain_timer = self._loop.call_later(seconds, self.cut, Ending.CLIENT_LEFT_CUT)
+        self._keepalive.stop()
+        if self._departure is None and self._exchange.ending is None:
+            self._departure = Departure(self._exchange, self._relay.drains, self.cut, kept=self.channel.is_kept)
+            self._departure.begin()
 
     def cut(self, ending: Ending) -> None:
         """End it now. It closes the exchange itself: a task that is cancelled before its first step never runs."""
@@ -124,7 +130,8 @@ class Pump:
         order, exchange = self._order, self._exchange
         try:
             exchange.sent_at = self._loop.time()
-            answer = await self._relay.client.post(order.upstream, order.path, order.headers, order.body)
+            answer = await self._relay.client.post(order.upstream, order.path, order.headers, order.body, self._asked)
+            self._asked()
             await self._read(answer)
         except (UpstreamFault, AnswerTooLarge) as fault:
             ending = _ENDINGS.get(type(fault), Ending.UPSTREAM_INCOMPLETE)
@@ -144,12 +151,16 @@ class Pump:
             exchange.close(Ending.FAILED)
             self._give_up(_refusal(Ending.FAILED))
         finally:
-            if self._left:
-                self._relay.drains -= 1
-            if self._drain_timer is not None:
-                self._drain_timer.cancel()
+            self._keepalive.stop()
+            if self._departure is not None:
+                self._departure.end()
             if answer is not None:
                 await answer.close()
+
+    def _asked(self) -> None:
+        """The upstream has the whole request, or answers without waiting for it."""
+        if self._exchange.asked_at is None:
+            self._exchange.asked_at = self._loop.time()
 
     def _give_up(self, refusal: Refusal) -> None:
         """No whole answer will come: a status where none was sent, else a broken end."""
@@ -161,7 +172,7 @@ class Pump:
             self.channel.fail(refusal)
 
     def _close(self, ending: Ending) -> None:
-        left = self._left and ending is Ending.COMPLETE
+        left = self._departure is not None and ending is Ending.COMPLETE
         self._exchange.close(Ending.CLIENT_LEFT if left else ending)
 
     # One answer, by what it is.
@@ -176,12 +187,30 @@ class Pump:
         elif _is_encoded(answer):
             exchange.close(Ending.UPSTREAM_REFUSED)
             self.channel.fail(_upstream_error("upstream_encoded", "The upstream sent a compressed answer unasked."))
+        elif self._order.stream:
+            await self._read_streamed(Head(answer.status, headers), answer.chunks())
         else:
-            if self._order.stream:
-                self.channel.start(Head(answer.status, [*headers, *_STREAM_HEADERS]))
-                await self._read_stream(answer.chunks())
-            else:
-                await self._read_body(Head(answer.status, headers), answer.chunks())
+            await self._read_body(Head(answer.status, headers), answer.chunks())
+
+    async def _read_streamed(self, head: Head, chunks: AsyncIterator[bytes]) -> None:
+        """An answer that should be a stream. One in a single piece is passed on when it is whole, like any such."""
+        self._is_stream = _is_event_stream(head.headers)
+        if not self._is_stream:
+            # Content types lie both ways; the first bytes don't.
+            chunks, is_stream = await _sniffed(chunks, self._order.dialect)
+            if not is_stream:
+                await self._read_body(head, chunks)
+                return
+        self.channel.start(Head(head.status, [*head.headers, *_STREAM_HEADERS]))
+        self._keepalive.start()
+        await self._read_stream(chunks)
+
+    def _may_comment(self) -> bool:
+        """Whether a comment may stand here: in a stream that has begun as one and isn't over, between two events."""
+        decoder = self._decoder
+        if decoder is None or self._exchange.ending is not None or decoder.meter.done:
+            return False
+        return decoder.between_events and (self._is_stream or decoder.meter.chunks > 0)
 
     async def _read_stream(self, chunks: AsyncIterator[bytes]) -> None:
         order = self._order
@@ -210,13 +239,18 @@ class Pump:
         progress = self._exchange.progress
         progress.holding = True
         data = decoder.feed(chunk)
+        if self._exchange.first_said_at is None and decoder.meter.delivered:
+            self._exchange.first_said_at = self._loop.time()
         if decoder.meter.done and decoder.meter.usage_final:
             # Before the client sees it: some clients close at [DONE], and then ask for their balance. Where no report
             # has come yet, one may still come behind the end mark.
             self._close(_STREAM_ENDINGS[decoder.meter.ending])
         progress.holding = False
         if data:
+            self._keepalive.spoken()
             await self.channel.put(data)
+        if self._departure is not None:
+            await self._departure.look()
 
     async def _read_tail(self, decoder: Decoder, chunks: AsyncIterator[bytes]) -> None:
         """What comes after the end mark, if anything does: the answer is whole, so nothing here can spoil it."""
@@ -305,6 +339,29 @@ def _no_error(status: int) -> Refusal | None:
     return None
 
 
+def _is_event_stream(headers: Headers) -> bool:
+    return (_text(headers, b"content-type") or "").lower().startswith("text/event-stream")
+
+
+async def _sniffed(chunks: AsyncIterator[bytes], dialect: Dialect) -> tuple[AsyncIterator[bytes], bool]:
+    """The same chunks, and whether they are a stream. Waits for the first that tells."""
+    first = b""
+    is_stream = None
+    async for chunk in chunks:
+        first += chunk
+        is_stream = dialect.is_stream(first)
+        if is_stream is not None or len(first) > SNIFFED_BYTES_MAX:
+            break
+
+    async def again() -> AsyncIterator[bytes]:
+        if first:
+            yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return again(), is_stream is not False
+
+
 def _is_encoded(answer: Answer) -> bool:
     return _text(answer.headers, b"content-encoding") not in (None, "", "identity")
 
@@ -372,6 +429,8 @@ _TOLD: Mapping[Ending, tuple[type[Refusal], str, str]] = {
     Ending.UPSTREAM_STALLED: (UpstreamError, "upstream_timeout", "The upstream didn't answer in time."),
     Ending.UPSTREAM_INCOMPLETE: (UpstreamError, "upstream_incomplete", _BROKEN),
     Ending.CLIENT_LEFT_CUT: (UpstreamError, "client_left", "The client left."),
+    Ending.CLIENT_LEFT_UNSENT: (UpstreamError, "client_left", "The client left."),
+    Ending.UPSTREAM_REFUSED: (UpstreamError, "client_left", "The client left."),
     Ending.SHUTDOWN: (Unavailable, "shutting_down", "Farebox is shutting down; what was answered so far is charged."),
     Ending.LEASE_LAPSED: (Unavailable, "ledger_unavailable", "Farebox lost its ledger and had to stop this answer."),
     Ending.TOO_LONG: (UpstreamError, "upstream_too_long", "The answer took longer than any answer may."),

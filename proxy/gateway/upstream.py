@@ -12,10 +12,11 @@ settings from the environment.
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import httpcore2
 import httpx2
 
 from proxy.core.catalog import Upstream
@@ -69,8 +70,13 @@ class Answer(Protocol):
 class UpstreamClient(Protocol):
     """What sends requests to upstreams."""
 
-    async def post(self, upstream: Upstream, path: str, headers: Headers, body: bytes) -> Answer:
-        """The answer, once its headers are there. Raises UpstreamFault."""
+    async def post(
+        self, upstream: Upstream, path: str, headers: Headers, body: bytes, sent: Callable[[], None] | None = None
+    ) -> Answer:
+        """The answer, once its headers are there; ``sent`` is called when the request has gone out whole.
+
+        Raises UpstreamFault.
+        """
 
     async def close(self) -> None:
         """Close every connection."""
@@ -90,17 +96,19 @@ class HttpClient:
         self._urls: dict[str, httpx2.URL] = {}
         self._closed = False
 
-    async def post(self, upstream: Upstream, path: str, headers: Headers, body: bytes) -> Answer:
+    async def post(
+        self, upstream: Upstream, path: str, headers: Headers, body: bytes, sent: Callable[[], None] | None = None
+    ) -> Answer:
         try:
             url = self._url(upstream.base_url + path)
         except httpx2.InvalidURL as error:
             raise _fault(error) from error
-        connection = self._take(upstream.base_url) or _Connection(self._new_transport(), upstream.base_url)
+        connection = self._take(upstream.base_url) or _Connection(self._new_transport(url), upstream.base_url)
         request = httpx2.Request(
             "POST",
             url,
             headers=[(b"host", url.netloc), *headers, (b"content-length", str(len(body)).encode())],
-            stream=httpx2.ByteStream(body),
+            stream=_Body(body, sent),
             extensions={"timeout": _timeouts(upstream)},
         )
         try:
@@ -142,9 +150,43 @@ class HttpClient:
             url = self._urls[text] = httpx2.URL(text)
         return url
 
-    def _new_transport(self) -> httpx2.AsyncHTTPTransport:
+    def _new_transport(self, url: httpx2.URL) -> httpx2.AsyncHTTPTransport:
         limits = httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=IDLE_SECONDS)
-        return httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
+        transport = httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
+        if url.scheme == "https":
+            transport._pool = httpcore2.AsyncConnectionPool(
+                ssl_context=self._tls,
+                max_connections=1,
+                max_keepalive_connections=1,
+                keepalive_expiry=IDLE_SECONDS,
+                network_backend=_TlsBackend(),
+            )
+        return transport
+
+
+class _TlsBackend(httpcore2.AnyIOBackend):
+    """httpcore2's own, but for a connection whose TLS handshake is cancelled: that one stayed open, held by nobody,
+    until the garbage collector came by."""
+
+    async def connect_tcp(self, *values: Any, **options: Any) -> httpcore2.AsyncNetworkStream:
+        return _BeforeTls(await super().connect_tcp(*values, **options))
+
+
+class _BeforeTls(httpcore2.AsyncNetworkStream):
+    """A connection of which only its TLS will be used."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def start_tls(self, *values: Any, **options: Any) -> httpcore2.AsyncNetworkStream:
+        try:
+            return await self._stream.start_tls(*values, **options)
+        except BaseException:
+            await self._stream.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 @dataclass(slots=True)
@@ -152,6 +194,19 @@ class _Connection:
     transport: httpx2.AsyncHTTPTransport
     base_url: str
     idle_since: float = 0.0
+
+
+class _Body(httpx2.AsyncByteStream):
+    """A request's body that tells when it is out: the connection asks for more once it has written what there was."""
+
+    def __init__(self, body: bytes, sent: Callable[[], None] | None) -> None:
+        self._body = body
+        self._sent = sent
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        yield self._body
+        if self._sent is not None:
+            self._sent()
 
 
 class _GiveBack(Protocol):

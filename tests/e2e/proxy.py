@@ -31,12 +31,26 @@ PEPPER = "a pepper for tests only"
 # More models of the same price, each behind an upstream with a temper of its own.
 UPSTREAMS = ("up", "hasty", "curt", "dead", "locked")
 
+# Models by what becomes of an answer whose client leaves: their own names, the upstream's, and what pricing.yaml says.
+LEAVERS: tuple[tuple[str, str, list[str]], ...] = (
+    ("drained", "gpt-4o-up", ["on_disconnect: drain"]),
+    ("frugal", "gpt-4o-up", ["on_disconnect: drain", "drain_tokens: 3"]),
+    ("miserly", "gpt-4o-up", ["on_disconnect: drain", "drain_tokens: 0"]),
+    ("thinker", "gpt-5-up", ["on_disconnect: cancel", "reasoning_tokens_per_second: 1000"]),
+    ("silent", "gpt-5-up", ["drain_tokens: 100", "reasoning_tokens_per_second: 1000"]),
+    ("gpt-5", "gpt-5-up", []),
+)
+
 
 def pricing_yaml() -> str:
     lines = ["per: 1000", "models:"]
     for name in UPSTREAMS:
         lines += [f"  {'m' if name == 'up' else name}:", f"    upstream: {name}", "    upstream_model: gpt-4o-up"]
         lines += ["    input: 1", "    output: 3", "    max_output_tokens: 1000"]
+        lines += ["    on_disconnect: drain"] if name == "curt" else []
+    for name, model, leaving in LEAVERS:
+        lines += [f"  {name}:", "    upstream: up", f"    upstream_model: {model}", "    input: 1", "    output: 3"]
+        lines += ["    max_output_tokens: 1000", *(f"    {line}" for line in leaving)]
     lines += [
         "  tiny:",
         "    upstream: up",

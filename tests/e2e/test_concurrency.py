@@ -54,7 +54,7 @@ async def all_running(customer: Customer) -> None:
 
 async def begin(customer: Customer) -> None:
     """A call whose client leaves after the first words."""
-    async with customer.stream() as answer:
+    async with customer.stream(model="drained") as answer:
         assert answer.status_code == 200
         async for _ in answer.aiter_raw():
             return

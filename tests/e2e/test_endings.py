@@ -91,7 +91,7 @@ async def test_a_client_that_leaves_at_any_piece_pays_what_was_reported(
 ) -> None:
     upstream.will(*stream(*CHUNKS, delay=0.01))
     seen = [piece for piece in CHUNKS[:pieces] if b'choices": []' not in piece]
-    await read_some(customer, sum(map(len, seen)))
+    await read_some(customer, sum(map(len, seen)), model="drained")
     assert (await ended(customer))[:2] == (REPORTED, "reported")
 
 
@@ -100,7 +100,7 @@ async def test_a_client_that_leaves_before_the_first_byte_of_a_stream(
 ) -> None:
     upstream.will(Sleep(0.3), *stream(*CHUNKS))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.15), customer.stream():
+        async with asyncio.timeout(0.15), customer.stream(model="drained"):
             pytest.fail("the upstream hasn't answered yet")
     assert await ended(customer) == (REPORTED, "reported", "client_left")
 

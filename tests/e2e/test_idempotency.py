@@ -243,14 +243,14 @@ async def test_a_client_that_left_and_comes_back_finds_it_running_and_then_finis
         SSE, Chunk(chunk("Hel")), Wait(go), Chunk(chunk("lo.")), Chunk(usage_chunk(10, 5)), Chunk(DONE), Chunk(b"")
     )
     headers = customer.headers | {"idempotency-key": "left"}
-    body = json.dumps(customer.body(stream=True)).encode()
+    body = json.dumps(customer.body(stream=True, model="drained")).encode()
     async with customer.proxy.http.stream("POST", "/chat/completions", content=body, headers=headers) as answer:
         async for _ in answer.aiter_raw():
             break
-    assert (await say(customer, "left", stream=True)).headers["x-should-retry"] == "true"
+    assert (await say(customer, "left", stream=True, model="drained")).headers["x-should-retry"] == "true"
     go.set()
     await customer.ended(1)
-    assert (await say(customer, "left", stream=True)).headers["x-should-retry"] == "false"
+    assert (await say(customer, "left", stream=True, model="drained")).headers["x-should-retry"] == "false"
     [hold] = await customer.holds()
     assert hold["ending"] in ("client_left", "client_left_cut")
 

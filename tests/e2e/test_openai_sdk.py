@@ -180,7 +180,7 @@ async def test_leaving_a_stream_early_is_charged_once(
     sdk: openai.AsyncOpenAI, customer: Customer, upstream: ScriptedUpstream
 ) -> None:
     upstream.will(*stream(chunk("a"), chunk("b"), chunk(finish="stop"), usage_chunk(10, 5), DONE, delay=0.02))
-    answer = await sdk.chat.completions.create(model="m", messages=MESSAGES, stream=True)
+    answer = await sdk.chat.completions.create(model="drained", messages=MESSAGES, stream=True)
     async for _ in answer:
         break
     await answer.close()

@@ -134,7 +134,7 @@ async def test_a_drain_is_settled_at_shutdown(database: Database, tmp_path: Path
     upstream.will(SSE, Chunk(chunk(" one")), Sleep(30))
     async with running_proxy(database, tmp_path, upstream.base_url, shutdown_seconds=0.3) as proxy:
         customer = await proxy.account()
-        async with customer.stream() as answer:
+        async with customer.stream(model="drained") as answer:
             await anext(answer.aiter_raw())
     assert await ended(proxy, customer) == (PROMPT + (1 + 1) * 3000, "counted", "shutdown")
 
@@ -187,7 +187,7 @@ async def test_a_client_that_does_not_read_counts_as_gone(
         host, port = proxy.base_url.removeprefix("http://").removesuffix("/v1").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        body = json.dumps(customer.body(stream=True)).encode()
+        body = json.dumps(customer.body(stream=True, model="drained")).encode()
         lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {customer.key}\r\n"
         writer.write(lines.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
         [hold] = await customer.ended()
@@ -206,12 +206,12 @@ async def test_more_drains_than_allowed_are_cut(database: Database, tmp_path: Pa
     async with running_proxy(database, tmp_path, upstream.base_url, drains_max=1) as proxy:
         customer = await proxy.account()
         for _ in range(2):
-            async with customer.stream() as answer:
+            async with customer.stream(model="drained") as answer:
                 await anext(answer.aiter_raw())
         endings = sorted(hold["ending"] for hold in await customer.ended(2))
         assert endings == ["client_left", "client_left_cut"]
         # A place is free again once a drain is over.
-        async with customer.stream() as answer:
+        async with customer.stream(model="drained") as answer:
             await anext(answer.aiter_raw())
         assert (await customer.ended(3))[2]["ending"] == "client_left"
 

@@ -154,10 +154,9 @@ class ScriptedUpstream:
         finally:
             received.closed.set()
             for one in (playing, left):
-                if not one.done():
-                    one.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-                        await one
+                one.cancel()
+                with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                    await one
 
 
 async def _steps(script: Script, writer: asyncio.StreamWriter) -> bool:

@@ -84,7 +84,7 @@ def _found_some(seen: Seen) -> bool:
 
 
 def _has_left(seen: Seen) -> bool:
-    return bool(seen.args[0]._left)
+    return seen.args[0]._exchange.left_at is not None
 
 
 def _makes_tables(seen: Seen) -> bool:

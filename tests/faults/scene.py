@@ -41,7 +41,7 @@ GRANTED_CREDITS = 1_000_000
 
 PRICING = """per: 1000
 models:
-  m: {upstream: up, upstream_model: gpt-4o-up, input: 1, output: 3, max_output_tokens: 1000000}
+  m: {upstream: up, upstream_model: gpt-4o-up, input: 1, output: 3, max_output_tokens: 1000000, on_disconnect: drain}
 """
 
 
