@@ -9,6 +9,7 @@ import typer
 
 from proxy.cli.arguments import AsJson, DatabaseUrl
 from proxy.cli.output import EXIT_FAILED, CommandFailed, reporting
+from proxy.cli.serve import configure_logs
 from proxy.cli.session import Access, database_access, require_schema
 from proxy.control.views import View
 from proxy.ledger.batch import BatchedLedger
@@ -65,6 +66,8 @@ def replay_(
         if not found.path.is_dir():
             raise CommandFailed(f"There is no directory {found.path}.", code="journal")
         with database_access(settings, purpose="farebox journal replay") as access:
+            # Which rows are rejected, and why: on standard error.
+            configure_logs(access.settings)
             outcomes = asyncio.run(_replay(access, found))
         views = [{"file": o.path.name, "rows": o.rows, "rejected": o.rejected, "left": o.left} for o in outcomes]
         out.show_table(
@@ -114,9 +117,10 @@ def _view(directory: JournalDirectory, known: KnownFile) -> View:
 
 
 async def _replay(access: Access, directory: JournalDirectory) -> list[Replayed]:
-    await require_schema(access.login, Role.GATEWAY)
-    pool = await create_pool(access.login, Role.GATEWAY, size=1)
-    ledger = BatchedLedger(lines_to(access.login))
+    login = access.login_of("gateway")
+    await require_schema(login, Role.GATEWAY)
+    pool = await create_pool(login, Role.GATEWAY, size=1)
+    ledger = BatchedLedger(lines_to(login))
     await ledger.start()
     outcomes = []
     try:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -16,7 +17,8 @@ import pytest
 from proxy.ledger.journal_files import DONE, OPEN, JournalDirectory, JournalFile
 from proxy.ledger.journal_records import read_journal
 from tests.e2e.proxy import Customer, Proxy, running_proxy
-from tests.e2e.test_processes import serve
+from tests.e2e.test_processes import ROOT, serve
+from tests.e2e.test_workers import eventually, workers
 from tests.fakes.upstream import ScriptedUpstream, Wait, chat_answer, chunk, stream, usage_chunk, whole
 from tests.ledger.journals import until
 from tests.postgres import Database
@@ -216,3 +218,68 @@ async def test_a_wiped_database_gets_nothing_of_the_old_ones_journal(
         assert await process.wait() == 0
     assert [file.ending for file in journals.files()] == [OPEN]
     assert rows_in(journals) == 1
+
+
+BREAKS = """
+import errno, os
+from pathlib import Path
+from proxy.ledger.journal_files import JournalFile
+
+sync = JournalFile.sync
+
+def sync_unless_broken(file):
+    if Path("broken").exists():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    sync(file)
+
+JournalFile.sync = sync_unless_broken
+"""
+
+
+async def test_a_process_whose_disk_breaks_ends_with_1_and_has_settled(
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream, operator: Proxy
+) -> None:
+    customer = await operator.account(credits=10)
+    upstream.will(*whole(chat_answer(prompt=27, completion=100)))
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(BREAKS)
+    async with serve(database, tmp_path, upstream, root=f"{shim}:{ROOT}", SHUTDOWN_SECONDS="1") as (process, url):
+        assert (await call(url, customer)).status_code == 200
+        await customer.ended()
+        (tmp_path / "broken").touch()
+        assert (await call(url, customer)).status_code == 200
+        async with asyncio.timeout(20):
+            assert await process.wait() == 1
+    assert [hold["charge"] for hold in await customer.ended(2)] == [COST, COST]
+    await operator.audit()
+
+
+async def test_workers_share_a_directory_and_take_over_for_each_other(
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream, operator: Proxy
+) -> None:
+    customer = await operator.account(credits=10)
+    answered = asyncio.Event()
+    upstream.choose(lambda _: [Wait(answered), *whole(chat_answer(prompt=27, completion=100))])
+    journals = JournalDirectory(tmp_path / ".farebox" / "journal")
+    async with workers(3, database, tmp_path, upstream) as supervised:
+        assert len(journals.files(OPEN)) == 3
+        calling = [asyncio.create_task(call(supervised.url, customer)) for _ in range(9)]
+        await eventually(lambda: _count(customer, 9))
+        async with account_locked(database, customer):
+            answered.set()
+            assert [(await one).status_code for one in calling] == [200] * 9
+            await until(lambda: rows_in(journals, OPEN) == 9)
+            for pid in await supervised.pids():
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.5)
+        # Those that the supervisor puts in their place carry it out.
+        holds = await customer.ended(9, seconds=30)
+        assert {(hold["state"], hold["charge"]) for hold in holds} == {("final", COST)}
+        await supervised.stop()
+    assert {file.ending for file in journals.files()} == {DONE}
+    await operator.audit()
+
+
+async def _count(customer: Customer, count: int) -> bool:
+    return len(await customer.holds()) == count
