@@ -14,6 +14,7 @@ from proxy.core.key_path import key_path, shorten
 from proxy.core.pricing import Price
 
 __all__ = [
+    "EXCHANGE_SECONDS_MAX",
     "STANDARD",
     "STANDARD_TIERS",
     "Catalog",
@@ -37,6 +38,8 @@ STANDARD_TIERS = frozenset({None, "auto", "default"})
 
 # How long an answer is read on after its client left, where no file says it.
 DRAIN_SECONDS = 120.0
+# No provider's answer takes longer; one that does is stuck.
+EXCHANGE_SECONDS_MAX = 7_200.0
 
 
 class OnDisconnect(StrEnum):
@@ -138,6 +141,8 @@ class Route:
     """Whether the model may write tokens that are billed and not shown."""
     reasoning_tokens_per_second: int = 0
     """What such a model is taken to write while it shows nothing; 0: nothing is charged for that time."""
+    seconds_max: float = EXCHANGE_SECONDS_MAX
+    """The longest that one answer may take, however lively it is; then it is ended, and charged as far as it came."""
     cost: Price | None = None
     """What the upstream charges the operator, in microcredits of worth, rounded up; for margins."""
 

@@ -181,6 +181,8 @@ def _route_facts(route: Route | None, beside: Route | None) -> dict[str, _Fact]:
         "family": _Fact(route.family),
         "audio": _Fact("served" if route.audio else "refused"),
         "allow_store": _Fact(str(route.allow_store).lower()),
+        "read_seconds": _Fact(f"{route.upstream.read_seconds:g}"),
+        "max_seconds": _Fact(f"{route.seconds_max:g}"),
         **_leaving_facts(route),
     }
     for tier in sorted(route.service_tiers):

@@ -17,6 +17,7 @@ from itertools import product
 from types import MappingProxyType
 
 from proxy.core.catalog import (
+    EXCHANGE_SECONDS_MAX,
     STANDARD,
     STANDARD_TIERS,
     Catalog,
@@ -56,6 +57,7 @@ PRICE_IN_FILE_MAX = 1_000_000
 _CREDIT_DECIMALS = 6
 _MONEY_DECIMALS = 12
 _SECONDS_MAX = 3_600
+_LIFE_SECONDS_MAX = 86_400
 
 _INPUT_CLASSES = ("cached_input", "cache_write", "audio_input")
 _OUTPUT_CLASSES = ("reasoning", "audio_output")
@@ -232,10 +234,8 @@ def _key_source(section: Section) -> tuple[str | None, str | None]:
     return environment, file
 
 
-def _seconds(section: Section, key: str, default: float) -> float:
-    thousandths = section.decimal(
-        key, decimals=3, least=1, most=_SECONDS_MAX * 1000, expected=f"seconds, at most {_SECONDS_MAX}"
-    )
+def _seconds(section: Section, key: str, default: float, *, most: int = _SECONDS_MAX) -> float:
+    thousandths = section.decimal(key, decimals=3, least=1, most=most * 1000, expected=f"seconds, at most {most}")
     return default if thousandths is None else thousandths / 1000
 
 
@@ -316,6 +316,7 @@ class _Offer:
             known=(
                 *("upstream", "upstream_model", "family", "max_output_tokens", *_PRICE_KEYS),
                 *("cost", "service_tiers", *_TOOLS, "allow_store", *LEAVING_KEYS, *REASONING_KEYS),
+                *("read_seconds", "max_seconds"),
             ),
             required=("upstream", "input", "output", "max_output_tokens"),
             meant=_MEANT,
@@ -339,13 +340,15 @@ class _Offer:
         cost = self._cost(section)
         prices = self._prices(section)
         leaving = read_leaving(section, reasoning=True)
+        read_seconds = _seconds(section, "read_seconds", upstream.read_seconds if upstream else 0.0)
+        seconds_max = _seconds(section, "max_seconds", EXCHANGE_SECONDS_MAX, most=_LIFE_SECONDS_MAX)
         tools = {tool: extra for tool in _TOOLS if (extra := self._tool(section, tool)) is not None}
         if self._problems.count or upstream is None or output_tokens_max is None:
             return
         variants = _variants(prices, tools)
         route = Route(
             model=model,
-            upstream=upstream,
+            upstream=replace(upstream, read_seconds=read_seconds),
             upstream_model=upstream_model or model,
             family=family or _family(upstream_model or model, model),
             output_tokens_max=output_tokens_max,
@@ -355,6 +358,7 @@ class _Offer:
             hosted_tools="hosted_tools" in tools,
             audio=variants[STANDARD].audio,
             allow_store=allow_store,
+            seconds_max=seconds_max,
             cost=cost,
         )
         self.routes[model] = leaving.on_route(route)

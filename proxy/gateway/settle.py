@@ -25,8 +25,6 @@ __all__ = ["Settler"]
 
 log = structlog.get_logger("farebox.settle")
 
-# No provider's answer takes longer; a stream that does is stuck.
-EXCHANGE_SECONDS_MAX = 7_200.0
 TICK_SECONDS = 1.0
 # What drain allows for the last settlements once every answer has ended or been cut.
 SETTLE_SECONDS = 5.0
@@ -46,8 +44,8 @@ async def _uncounted(_texts: Sequence[str]) -> None:
 class Settler:
     """The registry of exchanges, and the owner of every task that works on one.
 
-    ``count_each`` counts answers on their way (``progress.py``). ``seconds_max`` bounds an exchange's life; it is
-    looked at every ``tick_seconds``.
+    ``count_each`` counts answers on their way (``progress.py``). Every ``tick_seconds`` it is noted how far each is, and
+    whether it has run for longer than its model's may.
     """
 
     def __init__(
@@ -56,13 +54,11 @@ class Settler:
         *,
         metrics: Metrics,
         count_each: CountEach = _uncounted,
-        seconds_max: float = EXCHANGE_SECONDS_MAX,
         tick_seconds: float = TICK_SECONDS,
     ) -> None:
         self._ledger = ledger
         self._metrics = metrics
         self._count_each = count_each
-        self._seconds_max = seconds_max
         self._tick_seconds = tick_seconds
         self._open: set[Exchange] = set()
         self._open_of: Counter[str] = Counter()
@@ -156,7 +152,7 @@ class Settler:
             now = loop.time()
             for exchange in list(self._open):
                 exchange.progress.note()
-                if now - exchange.opened_at > self._seconds_max:
+                if now - exchange.opened_at > exchange.ticket.route.seconds_max:
                     exchange.cut(Ending.TOO_LONG)
 
     def _disown(self, task: "asyncio.Task[None]") -> None:

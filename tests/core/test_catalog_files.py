@@ -530,3 +530,16 @@ def test_times_are_seconds_up_to_an_hour(key: str, value: str) -> None:
 def test_a_read_without_any_patience_is_refused() -> None:
     (problem,) = problems_of(MODEL, f"{UPSTREAMS}    read_seconds: 0\n")
     assert "below the smallest value, 0.001" in problem
+
+
+def test_a_model_may_be_silent_for_longer_than_its_upstream_and_has_an_end() -> None:
+    def route_of(said: str) -> Route:
+        pricing = f"models:\n  m: {{upstream: up, input: 1, output: 3, max_output_tokens: 100{said}}}\n"
+        upstreams = "upstreams:\n  up: {dialect: openai, base_url: 'https://h/v1', api_key: none, read_seconds: 30}\n"
+        return load_catalog(pricing, upstreams).routes["m"]
+
+    default, patient = route_of(""), route_of(", read_seconds: 2400, max_seconds: 10800")
+    assert (default.upstream.read_seconds, default.seconds_max) == (30.0, 7200.0)
+    assert (patient.upstream.read_seconds, patient.seconds_max) == (2400.0, 10_800.0)
+    with pytest.raises(ConfigError, match="max_seconds: expected seconds, at most 86400"):
+        route_of(", max_seconds: 86401")

@@ -160,6 +160,8 @@ models = st.builds(
             **LEAVING,
             "hidden_reasoning": st.booleans(),
             "reasoning_tokens_per_second": st.integers(0, 1000).map(lambda n: Number(str(n))),
+            "read_seconds": st.integers(1, 3_600_000).map(lambda n: Number(f"{n // 1000}.{n % 1000:03d}")),
+            "max_seconds": st.integers(1, 86_400_000).map(lambda n: Number(f"{n // 1000}.{n % 1000:03d}")),
         },
     ),
 )
@@ -279,7 +281,15 @@ NAMES = (
     *("models", "per", "credit_value", "upstreams", "amount", "currency", "input", "output", *CLASSES, "cost"),
     *("upstream", "upstream_model", "family", "max_output_tokens", "service_tiers", "web_search", "hosted_tools"),
     *("input_tokens", "allow_store", "dialect", "base_url", "api_key", "api_key_env", "api_key_file", "headers"),
-    *("connect_seconds", "read_seconds", "drain_seconds", "quirks", "include_usage", "reasoning_outside"),
+    *(
+        "connect_seconds",
+        "read_seconds",
+        "max_seconds",
+        "drain_seconds",
+        "quirks",
+        "include_usage",
+        "reasoning_outside",
+    ),
     *("on_disconnect", "drain_tokens", "hidden_reasoning", "reasoning_tokens_per_second", "cancel", "drain"),
     *("flex", "auto", "default", "standard", "Flex", "1flex", "f" * 32, "f" * 33, "gpt-4.1", "m" * 128, "m" * 129),
     *("authorization", "host", "x-title", "X-Title", "x title", "", "-", "a/b:c@d+e", "ü"),
@@ -344,6 +354,8 @@ FULL_PRICING = {
             "drain_tokens": Number("1"),
             "hidden_reasoning": False,
             "reasoning_tokens_per_second": Number("57"),
+            "read_seconds": Number("1"),
+            "max_seconds": Number("1"),
         }
     },
 }

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4
@@ -63,7 +64,7 @@ def ledger() -> Ledger:
 
 @pytest.fixture
 async def settler(ledger: Ledger) -> AsyncIterator[Settler]:
-    settler = Settler(ledger, metrics=Metrics(), tick_seconds=0.01, seconds_max=30)
+    settler = Settler(ledger, metrics=Metrics(), tick_seconds=0.01)
     settler.start()
     yield settler
     await settler.drain(0)
@@ -208,11 +209,17 @@ async def test_a_ledger_that_stopped_leaves_the_hold_to_the_sweeper(settler: Set
 
 
 async def test_an_answer_may_not_run_for_ever(ledger: Ledger) -> None:
-    settler = Settler(ledger, metrics=Metrics(), tick_seconds=0.01, seconds_max=0.05)
+    settler = Settler(ledger, metrics=Metrics(), tick_seconds=0.01)
     settler.start()
-    exchange = settler.open(ticket())
-    await asyncio.sleep(0.2)
+    terms = ticket()
+    exchange = settler.open(replace(terms, route=replace(terms.route, seconds_max=0.05)))
+    other = settler.open(ticket())
+    async with asyncio.timeout(5):
+        while exchange.ending is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     assert exchange.ending is Ending.TOO_LONG
+    assert other.ending is None, "each model has its own limit"
+    other.close(Ending.UPSTREAM_REFUSED)
     assert await settler.drain(1)
 
 
