@@ -36,7 +36,7 @@ CountEach = Callable[[Sequence[str]], Awaitable[list[int] | None]]
 """Counts each text's tokens off the event loop, unless they are short; None where that can't be done now."""
 
 # By how much the count of a text may lie above that of a longer one, or of its pieces above that of the whole.
-MARGIN_TOKENS = 4
+MARGIN_TOKENS = 8
 # Text without a place to cut is cut here all the same.
 OPEN_CHARS_MAX = 4_096
 # Bytes of UTF-8 for a token, about, where it can't be counted.
@@ -264,9 +264,14 @@ class Progress:
             self._marked_to = reached
 
     def _surely_said(self, counting: Counting, counts: Sequence[int]) -> int:
-        said = self.counted(counting, counts)
-        said -= MARGIN_TOKENS * sum(part.forced + part.cut_forced + bool(part.open) for part in counting.parts)
-        return max(said, 0)
+        """Tokens that no more text can take away again."""
+        self.counted(counting, counts)
+        said = 0
+        for number, part in enumerate(counting.parts):
+            closed, rest = counts[2 * number], counts[2 * number + 1]
+            closed += part.tokens - MARGIN_TOKENS * (part.forced + part.cut_forced)
+            said += max(closed, 0) + max(rest - MARGIN_TOKENS, 0)
+        return said
 
     def _usage_at(self, reached: _Checkpoint, said: int, prompt: int) -> Usage:
         route, bounds = self._route, self._bounds

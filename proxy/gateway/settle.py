@@ -44,8 +44,8 @@ async def _uncounted(_texts: Sequence[str]) -> None:
 class Settler:
     """The registry of exchanges, and the owner of every task that works on one.
 
-    ``count_each`` counts answers on their way (``progress.py``). Every ``tick_seconds`` it is noted how far each is, and
-    whether it has run for longer than its model's may.
+    ``count_each`` counts answers on their way (``progress.py``). Every ``tick_seconds`` it is noted how far each
+    is, and whether it has run for longer than its model may.
     """
 
     def __init__(
