@@ -9,7 +9,7 @@ x-request-id (also in ``request.state.request_id``) and CORS headers, and forgiv
 
 import asyncio
 import platform
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +42,9 @@ from proxy.gateway.settle import Settler
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream import HttpClient
 from proxy.gateway.upstream_keys import UpstreamKeys
+from proxy.ledger.audit import BookState, Check
 from proxy.ledger.batch import BatchedLedger, BatchLimits
+from proxy.ledger.bookkeeper import Bookkeeper
 from proxy.ledger.connect import Pool, Role, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.errors import LedgerError, LedgerUnavailable, SchemaMismatch
@@ -246,8 +248,10 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         await catalog.load()
         stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
         ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, journaling, stack)
-        control = await create_pool(settings.database_url_of("control") or dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
+        control_dsn = settings.database_url_of("control") or dsn
+        control = await create_pool(control_dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
+        _keep_the_book(control_dsn, metrics, stack)
         reader = await create_pool(settings.database_url_of("reader") or dsn, Role.READER, size=READER_CONNECTIONS)
         stack.push_async_callback(reader.close)
         authenticator = Authenticator(holds.find_key, peppers)
@@ -339,6 +343,20 @@ async def _money(
             admitting=lambda: float(journal.refusal is None),
         )
     return measured, lease, settler
+
+
+def _keep_the_book(dsn: str, metrics: Metrics, stack: AsyncExitStack) -> None:
+    def observe(state: BookState, broken: Sequence[Check]) -> None:
+        metrics.book(
+            unsealed=state.unsealed,
+            unaudited=state.unaudited,
+            clean_at=state.clean_at.timestamp() if state.clean_at else 0.0,
+            broken=len(broken),
+        )
+
+    bookkeeper = Bookkeeper(dsn, observe=observe)
+    bookkeeper.start()
+    stack.push_async_callback(bookkeeper.stop)
 
 
 async def _idempotency(

@@ -141,6 +141,14 @@ class Metrics:
         if late:
             self._marks_late.inc()
 
+    def book(self, *, unsealed: int, unaudited: int, clean_at: float, broken: int) -> None:
+        """How far seals and audit are behind, in transfers; when all was last found right (Unix time, 0: never yet);
+        and how many checks the last look found broken."""
+        self._unsealed.set(unsealed)
+        self._unaudited.set(unaudited)
+        self._audit_clean.set(clean_at)
+        self._audit_broken.set(broken)
+
     def watch(
         self,
         *,
@@ -246,6 +254,10 @@ class Metrics:
         self._unsettled = self._gauge("unsettled_finalizes", "Ended answers whose charge is not yet in the ledger.")
         self._marks_seconds = self._histogram("marks_seconds", "Counting open answers for a heartbeat.", _FAST_SECONDS)
         self._marks_late = self._counter("marks_late_total", "Heartbeats for which not all open answers were counted.")
+        self._unsealed = self._gauge("unsealed_transfers", "Transfers that no seal covers yet.")
+        self._unaudited = self._gauge("unaudited_transfers", "Transfers that the running audit has not looked at.")
+        self._audit_clean = self._gauge("audit_clean_timestamp_seconds", "When the audit last found nothing wrong.")
+        self._audit_broken = self._gauge("audit_broken_checks", "Checks that the last look of the audit found broken.")
         self._lease = self._gauge("worker_lease_held", "1 while this process may admit requests.")
 
     def _make_journal(self) -> None:

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from proxy.cli import accounts, book, credits, journal, keys, pricing
+from proxy.cli.audit import audit
 from proxy.cli.demo import demo
 from proxy.cli.migrate import migrate
 from proxy.cli.serve import serve
@@ -29,7 +30,7 @@ app.add_typer(credits.app, name="credits")
 app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")
-app.command()(book.audit)
+app.command()(audit)
 app.add_typer(journal.app, name="journal")
 
 

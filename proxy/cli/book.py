@@ -1,17 +1,17 @@
-"""`farebox transactions`, `farebox receipts` and `farebox audit`: reading the book."""
+"""`farebox transactions` and `farebox receipts`: reading the book."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from proxy.cli.arguments import AccountRef, AsJson, DatabaseUrl, PageLimit
-from proxy.cli.output import EXIT_FAILED, members, reporting, table_of
-from proxy.cli.session import audit_database, operate
+from proxy.cli.output import members, reporting, table_of
+from proxy.cli.session import operate
 from proxy.control.operations import Operations
 from proxy.control.views import View, page, receipt_view, transfer_view
 from proxy.ledger.records import Transfer
 
-__all__ = ["audit", "receipts", "transactions"]
+__all__ = ["receipts", "transactions"]
 
 receipts = typer.Typer(help="Receipts: why a request cost what it did.", no_args_is_help=True)
 
@@ -62,32 +62,6 @@ def show(
         )
         view = receipt_view(ended)
         out.show(view, _receipt_lines(view))
-
-
-def audit(as_json: AsJson = False, database_url: DatabaseUrl = None) -> None:
-    """Prove the book: one line and row count a check. Ends with 1 if any fails."""
-    with reporting(as_json=as_json) as out:
-        checks = audit_database(database_url, purpose="farebox audit")
-        ok = all(check.ok for check in checks)
-        rows = [
-            {
-                "name": check.name,
-                "ok": check.ok,
-                "rows": check.rows,
-                "violations": check.violations,
-                "example": check.example,
-            }
-            for check in checks
-        ]
-        out.show({"ok": ok, "checks": rows}, (_audit_line(row) for row in rows))
-        if not ok:
-            raise typer.Exit(EXIT_FAILED)
-
-
-def _audit_line(row: dict[str, Any]) -> str:
-    verdict = "ok  " if row["ok"] else "FAIL"
-    line = f"{verdict}  {row['rows']:>10} rows  {row['name']}"
-    return line if row["ok"] else f"{line}: {row['violations']} wrong, such as {row['example']}"
 
 
 def _receipt_lines(view: View) -> list[str]:

@@ -15,15 +15,14 @@ from typing import Literal, TypeVar
 from pydantic import SecretStr
 
 from proxy.control.operations import Operations
-from proxy.ledger.audit import Check, audit
-from proxy.ledger.connect import Role, connect, create_pool
+from proxy.ledger.connect import Connection, Role, connect, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.migrate import migrate, schema_state
 from proxy.local.postgres import APP, Cluster
 from proxy.local.state import StateDirectory
 from proxy.settings import Settings, load
 
-__all__ = ["Access", "actor", "audit_database", "database_access", "operate", "require_schema"]
+__all__ = ["Access", "actor", "ask_control", "database_access", "operate", "require_schema"]
 
 Result = TypeVar("Result")
 
@@ -79,10 +78,10 @@ def operate(work: Callable[[Operations], Awaitable[Result]], database_url: str |
         return asyncio.run(_operate(work, access))
 
 
-def audit_database(database_url: str | None, *, purpose: str) -> list[Check]:
-    """Run the audit. Raises as ``operate`` does."""
+def ask_control(work: Callable[[Connection], Awaitable[Result]], database_url: str | None, *, purpose: str) -> Result:
+    """Run ``work`` on one connection that acts as the operator's role. Raises as ``operate`` does."""
     with database_access(load(database_url=database_url), purpose=purpose) as access:
-        return asyncio.run(_audit(access))
+        return asyncio.run(_ask_control(work, access))
 
 
 def actor() -> str:
@@ -108,12 +107,12 @@ async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Acce
         await pool.close()
 
 
-async def _audit(access: Access) -> list[Check]:
+async def _ask_control(work: Callable[[Connection], Awaitable[Result]], access: Access) -> Result:
     login = access.login_of("control")
     await require_schema(login, Role.CONTROL)
     connection = await connect(login, Role.CONTROL)
     try:
-        return await audit(connection)
+        return await work(connection)
     finally:
         await connection.close()
 

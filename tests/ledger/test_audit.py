@@ -45,6 +45,9 @@ async def lively(bank: Bank) -> Bank:
     return bank
 
 
+UNSEALED = {"sealed_transfers_are_as_they_were", "sealed_holds_are_as_they_were", "seals_chain_from_block_to_block"}
+
+
 async def test_an_empty_ledger_is_right_and_says_that_it_is_empty(own_bank: Bank) -> None:
     found = await checks(own_bank.owner)
     assert all(check.ok for check in found.values())
@@ -55,7 +58,7 @@ async def test_what_the_functions_write_is_right(own_bank: Bank) -> None:
     await lively(own_bank)
     found = await checks(own_bank.owner)
     assert {name: check for name, check in found.items() if not check.ok} == {}
-    assert {name for name, check in found.items() if check.rows == 0} == set()
+    assert {name for name, check in found.items() if check.rows == 0} == UNSEALED
     assert found["balance_is_the_sum_of_transfers"].rows == 4
     assert found["every_hold_was_charged_what_its_transfers_say"].rows == 4 * 9
 
@@ -81,6 +84,8 @@ POSTGRES_IS_OLD = """
 """
 ONE_GRANT = "(account_id, version) = (SELECT account_id, version FROM farebox.transfers WHERE kind = 'grant' LIMIT 1)"
 ONE_CHARGE = "(account_id, version) = (SELECT account_id, version FROM farebox.transfers WHERE kind = 'charge' LIMIT 1)"
+PLACE, GUARDS = "every_transfer_has_its_place", "guards_stand"
+GUARDED = ("transfers", "prices", "price_versions", "accounts", "holds")
 FK = "api_keys_account_id_fkey"
 RICHEST = "id = (SELECT id FROM farebox.accounts ORDER BY balance DESC LIMIT 1)"
 ONE_FINAL = "id = (SELECT id FROM farebox.holds WHERE state = 'final' AND charge > 0 AND capped IS NULL LIMIT 1)"
@@ -91,7 +96,7 @@ TAMPERED = [
     (f"UPDATE farebox.accounts SET version = version + 1 WHERE {RICHEST}", {VERSIONS}),
     (
         f"ALTER TABLE farebox.api_keys DROP CONSTRAINT {FK}; DELETE FROM farebox.accounts WHERE {RICHEST}",
-        {BALANCE, HELD, DEBT, VERSIONS, NEGATIVE},
+        {BALANCE, HELD, DEBT, VERSIONS, NEGATIVE, PLACE},
     ),
     (f"UPDATE farebox.transfers SET amount = amount + 1 WHERE {ONE_GRANT}", {BALANCE, CHAIN}),
     (f"UPDATE farebox.transfers SET balance_after = balance_after + 1 WHERE {ONE_GRANT}", {CHAIN}),
@@ -125,18 +130,40 @@ async def lively_bank(bank: Bank) -> Bank:
 @pytest.mark.parametrize(("statement", "expected"), TAMPERED)
 async def test_a_single_altered_row_is_found(lively_bank: Bank, statement: str, expected: set[str]) -> None:
     owner = lively_bank.owner
-    for table in ("transfers", "prices", "price_versions", "accounts", "holds"):
-        await owner.execute(f"ALTER TABLE farebox.{table} DISABLE TRIGGER USER")
     transaction = owner.transaction()
     await transaction.start()
+    for table in GUARDED:
+        await owner.execute(f"ALTER TABLE farebox.{table} DISABLE TRIGGER USER")
     await owner.execute("SET CONSTRAINTS ALL DEFERRED")
     changed = await owner.execute(statement)
     assert not changed.endswith(" 0"), changed
+    await owner.execute("SET CONSTRAINTS ALL IMMEDIATE")
+    for table in GUARDED:
+        await owner.execute(f"ALTER TABLE farebox.{table} ENABLE TRIGGER USER")
     found = {row["name"]: row for row in await owner.fetch("SELECT * FROM farebox.audit()")}
     assert {name for name, row in found.items() if row["violations"]} == expected
     assert all(found[name]["example"] for name in expected)
     await transaction.rollback()
     assert await broken(owner) == set()
+
+
+GUARDS_GONE = [
+    ("ALTER TABLE farebox.transfers DISABLE TRIGGER append_only", "trigger append_only on transfers"),
+    ("ALTER TABLE farebox.transfers ENABLE REPLICA TRIGGER append_only", "trigger append_only on transfers"),
+    ("DROP TRIGGER immutable ON farebox.prices", "trigger immutable on prices"),
+    ("DROP INDEX farebox.transfers_once_a_hold", "index transfers_once_a_hold"),
+    ("ALTER TABLE farebox.holds DROP CONSTRAINT holds_pkey", "index holds_pkey"),
+]
+
+
+@pytest.mark.parametrize(("statement", "missing"), GUARDS_GONE)
+async def test_a_guard_that_is_gone_is_found(bank: Bank, statement: str, missing: str) -> None:
+    transaction = bank.owner.transaction()
+    await transaction.start()
+    await bank.owner.execute(statement)
+    found = {row["name"]: row for row in await bank.owner.fetch("SELECT * FROM farebox.audit()")}
+    assert (found[GUARDS]["violations"], found[GUARDS]["example"]) == (1, missing)
+    await transaction.rollback()
 
 
 async def test_holds_that_a_dead_worker_left_are_found_once_a_live_one_should_have_swept_them(own_bank: Bank) -> None:

@@ -38,6 +38,9 @@ CONTROL = {
     "reverse",
     "put_price_version",
     "audit",
+    "audit_since_last",
+    "seal",
+    "book_state",
 }
 FUNCTIONS = {
     "farebox_gateway": GATEWAY | {"schema_version"},
@@ -47,7 +50,7 @@ FUNCTIONS = {
 TABLES = {
     "farebox_control": {
         *("accounts", "api_keys", "spend_limits", "workers", "price_versions", "prices", "holds", "transfers"),
-        "schema_migrations",
+        *("seals", "schema_migrations"),
     },
     "farebox_reader": {"accounts", "holds", "transfers", "prices"},
 }
@@ -141,6 +144,12 @@ REFUSED = {
         "SELECT farebox.reverse(gen_random_uuid(), NULL, NULL, 'x', 'x')",
         "SELECT farebox.revoke_key('x')",
         "SELECT * FROM farebox.audit()",
+        "SELECT * FROM farebox.audit_since_last(1)",
+        "SELECT farebox.seal(1, '0')",
+        "SELECT * FROM farebox.seals",
+        "SELECT * FROM farebox.auditing FOR UPDATE",
+        "SELECT * FROM farebox.sealing FOR UPDATE",
+        "UPDATE farebox.audit_marks SET version = 1",
         "SELECT farebox.open_purse(gen_random_uuid())",
         "SELECT farebox.write_down(NULL, NULL, NULL, NULL, now())",
         "SELECT farebox.count_spend('x', 1, 1)",
@@ -152,6 +161,10 @@ REFUSED = {
         "UPDATE farebox.accounts SET balance = 1",
         "DELETE FROM farebox.api_keys",
         "SELECT farebox.expire_holds(1, '0')",
+        "INSERT INTO farebox.audit_marks SELECT id, version, balance, debt FROM farebox.accounts",
+        "UPDATE farebox.auditing SET clean_at = now()",
+        "INSERT INTO farebox.seals SELECT * FROM farebox.seals",
+        "DELETE FROM farebox.seals",
         "SELECT farebox.start_worker(gen_random_uuid(), 'x', 'x')",
         "SELECT farebox.set_spend_limit('x', 1)",
         "TRUNCATE farebox.transfers",

@@ -10,6 +10,36 @@ CREATE TYPE farebox.audit_check AS (
 	example text
 );
 
+CREATE TYPE farebox.audit_step AS (
+	account_id uuid,
+	after bigint,
+	upto bigint,
+	whole boolean,
+	balance bigint,
+	debt bigint
+);
+
+CREATE TYPE farebox.audit_stretch AS (
+	transfers bigint,
+	first bigint,
+	last bigint,
+	balance numeric,
+	debt numeric,
+	charges bigint,
+	unchained bigint,
+	unchained_at bigint,
+	misnamed bigint,
+	misnamed_at bigint,
+	seals bigint,
+	altered bigint,
+	altered_in bigint,
+	holds bigint,
+	holds_altered bigint,
+	holds_altered_in bigint,
+	unlinked bigint,
+	unlinked_at bigint
+);
+
 CREATE TYPE farebox.move AS (
 	account_id uuid,
 	kind text,
@@ -45,35 +75,161 @@ CREATE FUNCTION farebox.a_move(_purse farebox.purse, _hold_id uuid, _reference t
                _purse.version, _hold_id, _reference, _actor, _reason)::farebox.move
 $$;
 
+CREATE FUNCTION farebox.a_stray_charge() RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT min(t.account_id || '-' || t.version)
+      FROM farebox.transfers t LEFT JOIN farebox.holds h ON h.id = t.hold_id AND h.account_id = t.account_id
+     WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal') AND h.id IS NULL
+$$;
+
+CREATE FUNCTION farebox.a_stray_seal() RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT min(s.account_id || ' seal ' || s.number)
+      FROM farebox.seals s
+     WHERE s.number > 1
+       AND NOT EXISTS (SELECT FROM farebox.seals p WHERE p.account_id = s.account_id AND p.number = s.number - 1)
+$$;
+
+CREATE FUNCTION farebox.a_stray_transfer() RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT min(t.account_id || '-' || t.version)
+      FROM farebox.transfers t LEFT JOIN farebox.accounts a ON a.id = t.account_id
+     WHERE a.id IS NULL OR t.version < 1 OR t.version > a.version
+$$;
+
 CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET row_security TO 'off'
     SET work_mem TO '64MB'
+    SET parallel_setup_cost TO '0'
+    SET parallel_tuple_cost TO '0'
+    SET min_parallel_table_scan_size TO '0'
+    SET jit TO 'off'
     AS $$
 BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_visibility();
-    RETURN QUERY SELECT * FROM farebox.audit_accounts();
-    RETURN QUERY SELECT * FROM farebox.audit_chain();
-    RETURN QUERY SELECT * FROM farebox.audit_charges();
-    RETURN QUERY SELECT * FROM farebox.audit_kinds();
-    RETURN QUERY SELECT * FROM farebox.audit_prices();
+    RETURN QUERY SELECT * FROM farebox.audit_guards();
+    RETURN QUERY SELECT * FROM farebox.audit_book();
+    RETURN QUERY SELECT * FROM farebox.audit_holds();
     RETURN QUERY SELECT * FROM farebox.audit_price_versions();
     RETURN QUERY SELECT * FROM farebox.audit_leases();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
 END
 $$;
 
-CREATE FUNCTION farebox.audit_accounts() RETURNS SETOF farebox.audit_check
-    LANGUAGE sql STABLE
+CREATE FUNCTION farebox.audit_accounts_since(_steps farebox.audit_step[], _bad uuid[]) RETURNS SETOF farebox.audit_check
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
-    WITH book AS (
-        SELECT t.account_id, count(*) AS transfers, min(t.version) AS first, max(t.version) AS last,
-               sum(CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END) AS balance,
-               sum(CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END)
-                   FILTER (WHERE t.system_account = 'receivable') AS debt
-          FROM farebox.transfers t
-         GROUP BY t.account_id
+BEGIN
+    RETURN QUERY
+        WITH steps AS MATERIALIZED (
+            SELECT s.* FROM unnest(_steps) AS s
+        ), rows AS MATERIALIZED (
+            SELECT t.account_id AS id, t.version, t.balance_after, t.debt_after, farebox.named_rightly(r.transfer) AS named,
+                   t.version = coalesce(lag(t.version) OVER w, s.after) + 1 AS next,
+                   t.balance_after = coalesce(lag(t.balance_after) OVER w, s.balance)
+                       + CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END
+                       AND t.debt_after = coalesce(lag(t.debt_after) OVER w, s.debt)
+                           + CASE t.system_account WHEN 'receivable' THEN 1 ELSE 0 END
+                             * CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END AS chained
+              FROM farebox.audit_step_rows(_steps) AS r,
+                   LATERAL (SELECT (r.step).*) AS s,
+                   LATERAL (SELECT (r.transfer).*) AS t
+            WINDOW w AS (PARTITION BY t.account_id ORDER BY t.version)
+        ), stretches AS MATERIALIZED (
+            SELECT r.id, max(r.version) AS last, bool_and(r.next) AS next, bool_and(r.chained) AS chained,
+                   bool_and(r.named) AS named, (array_agg(r.balance_after ORDER BY r.version DESC))[1] AS balance,
+                   (array_agg(r.debt_after ORDER BY r.version DESC))[1] AS debt
+              FROM rows r
+             GROUP BY r.id
+        ), open AS (
+            SELECT h.account_id, sum(h.amount) AS held
+              FROM farebox.holds h WHERE h.state = 'open' GROUP BY h.account_id
+        ), judged AS MATERIALIZED (
+            SELECT coalesce(a.id, m.account_id, o.account_id)::text AS id, a.id AS account_id, s.last, s.balance AS owned,
+                   s.debt AS owed,
+                   CASE
+                       WHEN b.whole THEN s.balance IS NOT DISTINCT FROM a.balance
+                       WHEN a.version = coalesce(m.version, 0) THEN a.balance = coalesce(m.balance, 0)
+                       ELSE a.id IS NOT NULL
+                   END AS balance,
+                   CASE
+                       WHEN b.whole THEN s.debt IS NOT DISTINCT FROM a.debt
+                       WHEN a.version = coalesce(m.version, 0) THEN a.debt = coalesce(m.debt, 0)
+                       ELSE a.id IS NOT NULL
+                   END AS debt,
+                   a.held IS NOT DISTINCT FROM coalesce(o.held, 0) AS held,
+                   a.version >= coalesce(m.version, 0) AND a.id IS NOT NULL
+                       AND (b.account_id IS NULL OR coalesce(s.next AND s.last = b.upto, false)) AS versions,
+                   coalesce(
+                       a.held >= 0 AND a.balance >= a.held AND a.debt >= 0 AND (a.debt = 0 OR a.balance = a.held), false
+                   ) AS limits,
+                   coalesce(s.chained, true) AS chained, coalesce(s.named, true) AS named
+              FROM farebox.accounts a
+              FULL JOIN farebox.audit_marks m ON m.account_id = a.id
+              LEFT JOIN steps b ON b.account_id = a.id
+              LEFT JOIN stretches s ON s.id = a.id
+              FULL JOIN open o ON o.account_id = coalesce(a.id, m.account_id)
+        ), moved AS (
+            INSERT INTO farebox.audit_marks AS m (account_id, version, balance, debt)
+            SELECT j.account_id, j.last, j.owned, j.owed
+              FROM judged j
+             WHERE j.last IS NOT NULL AND j.balance AND j.debt AND j.versions AND j.chained AND j.named
+               AND j.account_id = ANY (_bad) IS NOT TRUE
+            ON CONFLICT (account_id) DO UPDATE
+               SET version = excluded.version, balance = excluded.balance, debt = excluded.debt
+        ), counted AS (
+            SELECT count(*) AS checked, (SELECT count(*) FROM rows) AS rows,
+                   count(*) FILTER (WHERE NOT j.balance) AS v1, min(j.id) FILTER (WHERE NOT j.balance) AS e1,
+                   count(*) FILTER (WHERE NOT j.held) AS v2, min(j.id) FILTER (WHERE NOT j.held) AS e2,
+                   count(*) FILTER (WHERE NOT j.debt) AS v3, min(j.id) FILTER (WHERE NOT j.debt) AS e3,
+                   count(*) FILTER (WHERE NOT j.versions) AS v4, min(j.id) FILTER (WHERE NOT j.versions) AS e4,
+                   count(*) FILTER (WHERE NOT j.limits) AS v5, min(j.id) FILTER (WHERE NOT j.limits) AS e5,
+                   count(*) FILTER (WHERE NOT j.chained) AS v6, min(j.id) FILTER (WHERE NOT j.chained) AS e6,
+                   count(*) FILTER (WHERE NOT j.named) AS v7, min(j.id) FILTER (WHERE NOT j.named) AS e7
+              FROM judged j
+        )
+        SELECT v.name, v.checked, v.violations, v.example
+          FROM counted c,
+               LATERAL (VALUES
+                   ('balance_is_the_sum_of_transfers', c.checked, c.v1, c.e1),
+                   ('held_is_the_sum_of_open_holds', c.checked, c.v2, c.e2),
+                   ('debt_is_what_receivable_lent', c.checked, c.v3, c.e3),
+                   ('versions_are_gapless', c.checked, c.v4, c.e4),
+                   ('nothing_is_negative_and_debt_is_paid_first', c.checked, c.v5, c.e5),
+                   ('balances_chain_from_transfer_to_transfer', c.rows, c.v6, c.e6),
+                   ('transfers_move_between_the_sides_of_their_kind', c.rows, c.v7, c.e7)
+               ) AS v (name, checked, violations, example);
+END
+$$;
+
+CREATE FUNCTION farebox.audit_book() RETURNS SETOF farebox.audit_check
+    LANGUAGE plpgsql STABLE
+    AS $$
+DECLARE
+    stretch CONSTANT integer := 32;
+BEGIN
+    RETURN QUERY
+    WITH units AS MATERIALIZED (
+        SELECT s.account_id, f.*
+          FROM farebox.seals s, LATERAL farebox.audit_stretch(s.account_id, s.number, stretch) AS f
+         WHERE (s.number - 1) % stretch = 0
+        UNION ALL
+        SELECT a.id, f.*
+          FROM farebox.accounts a, LATERAL farebox.audit_stretch(a.id, NULL, 0) AS f
+         WHERE a.version > coalesce((
+             SELECT s.last_version FROM farebox.seals s WHERE s.account_id = a.id ORDER BY s.number DESC LIMIT 1
+         ), 0)
+    ), book AS (
+        SELECT u.account_id, sum(u.transfers) AS transfers, min(u.first) AS first, max(u.last) AS last,
+               sum(u.balance) AS balance, sum(u.debt) AS debt
+          FROM units u
+         GROUP BY u.account_id
     ), open AS (
         SELECT h.account_id, sum(h.amount) AS held FROM farebox.holds h WHERE h.state = 'open' GROUP BY h.account_id
     ), compared AS (
@@ -90,104 +246,158 @@ CREATE FUNCTION farebox.audit_accounts() RETURNS SETOF farebox.audit_check
           FROM farebox.accounts a
           FULL JOIN book b ON b.account_id = a.id
           FULL JOIN open o ON o.account_id = coalesce(a.id, b.account_id)
+    ), accounts AS (
+        SELECT count(*) AS checked,
+               count(*) FILTER (WHERE NOT j.balance) AS v1, min(j.id) FILTER (WHERE NOT j.balance) AS e1,
+               count(*) FILTER (WHERE NOT j.held) AS v2, min(j.id) FILTER (WHERE NOT j.held) AS e2,
+               count(*) FILTER (WHERE NOT j.debt) AS v3, min(j.id) FILTER (WHERE NOT j.debt) AS e3,
+               count(*) FILTER (WHERE NOT j.versions) AS v4, min(j.id) FILTER (WHERE NOT j.versions) AS e4,
+               count(*) FILTER (WHERE NOT j.limits) AS v5, min(j.id) FILTER (WHERE NOT j.limits) AS e5
+          FROM compared j
+    ), transfers AS (
+        SELECT coalesce(sum(u.transfers), 0) AS checked, coalesce(sum(u.seals), 0) AS seals,
+               coalesce(sum(u.transfers) FILTER (WHERE u.seals > 0), 0) AS sealed,
+               coalesce(sum(u.holds), 0) AS sealed_holds,
+               coalesce(sum(u.unchained), 0) AS v6, min(u.account_id || '-' || u.unchained_at) AS e6,
+               coalesce(sum(u.misnamed), 0) AS v7, min(u.account_id || '-' || u.misnamed_at) AS e7,
+               coalesce(sum(u.altered), 0) AS v8, min(u.account_id || ' seal ' || u.altered_in) AS e8,
+               coalesce(sum(u.holds_altered), 0) AS v9, min(u.account_id || ' seal ' || u.holds_altered_in) AS e9,
+               coalesce(sum(u.unlinked), 0) AS v10, min(u.account_id || ' seal ' || u.unlinked_at) AS e10
+          FROM units u
+    ), strays AS MATERIALIZED (
+        -- What no account's stretches led to, counted.
+        SELECT (SELECT count(*) FROM farebox.transfers) - t.checked AS transfers,
+               (SELECT count(*) FROM farebox.seals) - t.seals AS seals
+          FROM transfers t
     )
-    SELECT v.name, c.checked, v.violations, v.example
-      FROM (
-               SELECT count(*) AS checked,
-                      count(*) FILTER (WHERE NOT j.balance) AS v1, min(j.id) FILTER (WHERE NOT j.balance) AS e1,
-                      count(*) FILTER (WHERE NOT j.held) AS v2, min(j.id) FILTER (WHERE NOT j.held) AS e2,
-                      count(*) FILTER (WHERE NOT j.debt) AS v3, min(j.id) FILTER (WHERE NOT j.debt) AS e3,
-                      count(*) FILTER (WHERE NOT j.versions) AS v4, min(j.id) FILTER (WHERE NOT j.versions) AS e4,
-                      count(*) FILTER (WHERE NOT j.limits) AS v5, min(j.id) FILTER (WHERE NOT j.limits) AS e5
-                 FROM compared j
-           ) AS c,
+    SELECT v.name, v.checked::bigint, v.violations::bigint, v.example
+      FROM accounts a, transfers t, strays s,
            LATERAL (VALUES
-               ('balance_is_the_sum_of_transfers', c.v1, c.e1),
-               ('held_is_the_sum_of_open_holds', c.v2, c.e2),
-               ('debt_is_what_receivable_lent', c.v3, c.e3),
-               ('versions_are_gapless', c.v4, c.e4),
-               ('nothing_is_negative_and_debt_is_paid_first', c.v5, c.e5)
-           ) AS v (name, violations, example)
+               ('balance_is_the_sum_of_transfers', a.checked, a.v1, a.e1),
+               ('held_is_the_sum_of_open_holds', a.checked, a.v2, a.e2),
+               ('debt_is_what_receivable_lent', a.checked, a.v3, a.e3),
+               ('versions_are_gapless', a.checked, a.v4, a.e4),
+               ('nothing_is_negative_and_debt_is_paid_first', a.checked, a.v5, a.e5),
+               ('balances_chain_from_transfer_to_transfer', t.checked, t.v6, t.e6),
+               ('transfers_move_between_the_sides_of_their_kind', t.checked, t.v7, t.e7),
+               ('every_transfer_has_its_place', t.checked + s.transfers, abs(s.transfers),
+                CASE WHEN s.transfers <> 0 THEN farebox.a_stray_transfer() END),
+               ('sealed_transfers_are_as_they_were', t.sealed, t.v8, t.e8),
+               ('sealed_holds_are_as_they_were', t.sealed_holds, t.v9, t.e9),
+               ('seals_chain_from_block_to_block', t.seals + s.seals, t.v10 + abs(s.seals),
+                coalesce(t.e10, CASE WHEN s.seals <> 0 THEN farebox.a_stray_seal() END))
+           ) AS v (name, checked, violations, example);
+END
 $$;
 
-CREATE FUNCTION farebox.audit_chain() RETURNS SETOF farebox.audit_check
+CREATE FUNCTION farebox.audit_ended_holds(_named uuid[], _since timestamp with time zone, _rows integer) RETURNS TABLE(hold_id uuid, account_id uuid, ended_at timestamp with time zone, in_time boolean, charged boolean, ended_so boolean, priced boolean, within boolean)
     LANGUAGE sql STABLE
     AS $$
-    WITH signed AS (
-        SELECT t.account_id, t.version, t.balance_after, t.debt_after,
-               lag(t.balance_after, 1, 0) OVER w AS balance_before, lag(t.debt_after, 1, 0) OVER w AS debt_before,
-               CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END AS amount,
-               CASE t.system_account WHEN 'receivable' THEN 1 ELSE 0 END AS lent
-          FROM farebox.transfers t
-        WINDOW w AS (PARTITION BY t.account_id ORDER BY t.version)
-    ), broken AS (
-        SELECT s.account_id || '-' || s.version AS id
-          FROM signed s
-         WHERE s.balance_after <> s.balance_before + s.amount OR s.debt_after <> s.debt_before + s.lent * s.amount
+    WITH holds AS (
+        (SELECT h AS hold, true AS in_time FROM farebox.holds h
+          WHERE h.state <> 'open' AND h.ended_at >= _since ORDER BY h.ended_at LIMIT _rows)
+        UNION ALL
+        SELECT h, false FROM unnest(_named) AS n (id) JOIN farebox.holds h ON h.id = n.id
+         WHERE h.state = 'open' OR h.ended_at < _since
     )
-    SELECT 'balances_chain_from_transfer_to_transfer', (SELECT count(*) FROM farebox.transfers),
-           (SELECT count(*) FROM broken), (SELECT min(b.id) FROM broken b)
+    SELECT h.id, h.account_id, h.ended_at, x.in_time,
+           (coalesce(h.charge, 0), h.overrun, h.reversed) = (b.charge, o.overrun, o.reversed),
+           farebox.ended_so(x.hold),
+           h.state = 'open' OR farebox.priced_so(x.hold, p.rates, p.per_request),
+           h.state = 'open' OR h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL
+               OR h.charge <= h.amount
+      FROM holds x CROSS JOIN LATERAL (SELECT (x.hold).*) AS h
+      LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant,
+           LATERAL (
+               SELECT coalesce(sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END), 0) AS charge
+                 FROM farebox.transfers t
+                WHERE t.hold_id = h.id AND t.kind IN ('charge', 'true_up') AND t.account_id = h.account_id
+           ) AS b,
+           LATERAL (
+               SELECT coalesce(sum(t.amount) FILTER (WHERE t.kind = 'overrun'), 0) AS overrun,
+                      coalesce(sum(t.amount) FILTER (WHERE t.kind = 'reversal'), 0) AS reversed
+                 FROM farebox.transfers t
+                WHERE t.hold_id = h.id AND t.kind IN ('overrun', 'reversal') AND t.account_id = h.account_id
+           ) AS o
+    UNION ALL
+    -- Named by a transfer, and not there.
+    SELECT n.id, NULL, NULL, false, false, true, true, true
+      FROM unnest(_named) AS n (id)
+     WHERE NOT EXISTS (SELECT FROM farebox.holds h WHERE h.id = n.id)
 $$;
 
-CREATE FUNCTION farebox.audit_charges() RETURNS SETOF farebox.audit_check
-    LANGUAGE sql STABLE
-    AS $$
-    WITH book AS (
-        SELECT t.hold_id, t.account_id,
-               coalesce(sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END)
-                            FILTER (WHERE t.kind IN ('charge', 'true_up')), 0) AS charge,
-               coalesce(sum(t.amount) FILTER (WHERE t.kind = 'overrun'), 0) AS overrun,
-               coalesce(sum(t.amount) FILTER (WHERE t.kind = 'reversal'), 0) AS reversed
-          FROM farebox.transfers t
-         WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
-         GROUP BY t.hold_id, t.account_id
-    ), compared AS (
-        SELECT coalesce(h.id, b.hold_id)::text AS id,
-               h.id IS NOT NULL
-                   AND (coalesce(h.charge, 0), h.overrun, h.reversed)
-                     = (coalesce(b.charge, 0), coalesce(b.overrun, 0), coalesce(b.reversed, 0)) AS kept,
-               -- A provisional end may be trued up yet, and a final or released one never again.
-               coalesce(CASE h.state
-                   WHEN 'released' THEN h.charge = 0 AND h.settle_fingerprint IS NULL
-                   WHEN 'provisional' THEN h.ending = 'worker_gone' AND h.settle_fingerprint IS NULL
-                   WHEN 'final' THEN h.settle_fingerprint IS NOT NULL OR h.charge = 0
-                   ELSE true
-               END, false) AS ended_so
-          FROM farebox.holds h
-          FULL JOIN book b ON b.hold_id = h.id AND b.account_id = h.account_id
-    )
-    SELECT v.name, c.checked, v.violations, v.example
-      FROM (
-               SELECT count(*) AS checked,
-                      count(*) FILTER (WHERE NOT j.kept) AS v1, min(j.id) FILTER (WHERE NOT j.kept) AS e1,
-                      count(*) FILTER (WHERE NOT j.ended_so) AS v2, min(j.id) FILTER (WHERE NOT j.ended_so) AS e2
-                 FROM compared j
-           ) AS c,
-           LATERAL (VALUES
-               ('every_hold_was_charged_what_its_transfers_say', c.v1, c.e1),
-               ('every_hold_ended_as_its_state_says', c.v2, c.e2)
-           ) AS v (name, violations, example)
-$$;
-
-CREATE FUNCTION farebox.audit_kinds() RETURNS SETOF farebox.audit_check
+CREATE FUNCTION farebox.audit_guards() RETURNS SETOF farebox.audit_check
     LANGUAGE sql STABLE
     AS $$
     WITH judged AS (
-        SELECT t.account_id || '-' || t.version AS id,
-               CASE t.kind
-                   WHEN 'grant' THEN (t.account_side, t.system_account) = ('credit', 'grants') AND t.hold_id IS NULL
-                   WHEN 'charge' THEN (t.account_side, t.system_account) = ('debit', 'revenue')
-                   WHEN 'true_up' THEN t.system_account = 'revenue'
-                   WHEN 'reversal' THEN (t.account_side, t.system_account) = ('credit', 'revenue')
-                   WHEN 'overrun' THEN (t.account_side, t.system_account) = ('credit', 'receivable')
-                   WHEN 'debt_payment' THEN (t.account_side, t.system_account) = ('debit', 'receivable')
-                   ELSE false
-               END AS kept
-          FROM farebox.transfers t
+        SELECT 'trigger ' || g.name || ' on ' || g.relation AS id,
+               coalesce(t.tgenabled IN ('O', 'A') AND t.tgfoid = 'farebox.refuse_change'::regproc, false) AS kept
+          FROM (VALUES
+                   ('transfers', 'append_only'), ('seals', 'append_only'), ('price_versions', 'immutable'),
+                   ('prices', 'immutable'), ('accounts', 'never_removed'), ('holds', 'never_removed'),
+                   ('api_keys', 'never_removed')
+               ) AS g (relation, name)
+          LEFT JOIN pg_trigger t ON t.tgrelid = to_regclass('farebox.' || g.relation) AND t.tgname = g.name
+        UNION ALL
+        SELECT 'index ' || g.name, coalesce(i.indisunique AND i.indisvalid AND i.indimmediate, false)
+          FROM (VALUES
+                   ('accounts_pkey'), ('holds_pkey'), ('transfers_pkey'), ('seals_pkey'), ('prices_pkey'),
+                   ('transfers_once_a_hold'), ('transfers_reference')
+               ) AS g (name)
+          LEFT JOIN pg_index i ON i.indexrelid = to_regclass('farebox.' || g.name)
     )
-    SELECT 'transfers_move_between_the_sides_of_their_kind', count(*), count(*) FILTER (WHERE NOT j.kept),
-           min(j.id) FILTER (WHERE NOT j.kept)
+    SELECT 'guards_stand', count(*), count(*) FILTER (WHERE NOT j.kept), min(j.id) FILTER (WHERE NOT j.kept)
       FROM judged j
+$$;
+
+CREATE FUNCTION farebox.audit_holds() RETURNS SETOF farebox.audit_check
+    LANGUAGE plpgsql STABLE
+    AS $$
+BEGIN
+    RETURN QUERY
+    WITH judged AS (
+        SELECT h.id, h.state <> 'open' AS ended,
+               (c.version IS NOT NULL)::integer + (u.version IS NOT NULL)::integer + coalesce(r.rows, 0) AS transfers,
+               coalesce(h.charge, 0)
+                   = coalesce(c.amount, 0) + coalesce(CASE u.account_side WHEN 'debit' THEN u.amount ELSE -u.amount END, 0)
+                   AND h.overrun = coalesce(r.overrun, 0) AND h.reversed = coalesce(r.reversed, 0) AS kept,
+               farebox.ended_so(h) AS ended_so,
+               h.state = 'open' OR farebox.priced_so(h, p.rates, p.per_request) AS priced,
+               h.state = 'open' OR h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL
+                   OR h.charge <= h.amount AS within_hold
+          FROM farebox.holds h
+          LEFT JOIN farebox.transfers c ON c.hold_id = h.id AND c.account_id = h.account_id AND c.kind = 'charge'
+          LEFT JOIN farebox.transfers u ON u.hold_id = h.id AND u.account_id = h.account_id AND u.kind = 'true_up'
+          LEFT JOIN (
+              SELECT t.hold_id, t.account_id, count(*) AS rows,
+                     coalesce(sum(t.amount) FILTER (WHERE t.kind = 'overrun'), 0) AS overrun,
+                     coalesce(sum(t.amount) FILTER (WHERE t.kind = 'reversal'), 0) AS reversed
+                FROM farebox.transfers t
+               WHERE t.kind IN ('overrun', 'reversal')
+               GROUP BY t.hold_id, t.account_id
+          ) AS r ON r.hold_id = h.id AND r.account_id = h.account_id
+          LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
+    ), counted AS (
+        SELECT count(*) AS checked, count(*) FILTER (WHERE j.ended) AS ended, coalesce(sum(j.transfers), 0) AS transfers,
+               count(*) FILTER (WHERE NOT j.kept) AS v1, (min(j.id::text) FILTER (WHERE NOT j.kept)) AS e1,
+               count(*) FILTER (WHERE NOT j.ended_so) AS v2, (min(j.id::text) FILTER (WHERE NOT j.ended_so)) AS e2,
+               count(*) FILTER (WHERE NOT j.priced) AS v3, (min(j.id::text) FILTER (WHERE NOT j.priced)) AS e3,
+               count(*) FILTER (WHERE NOT j.within_hold) AS v4, (min(j.id::text) FILTER (WHERE NOT j.within_hold)) AS e4
+          FROM judged j
+    ), strays AS MATERIALIZED (
+        SELECT count(*) - (SELECT c.transfers FROM counted c) AS transfers
+          FROM farebox.transfers t WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+    )
+    SELECT v.name, v.checked::bigint, v.violations::bigint, v.example
+      FROM counted c, strays s,
+           LATERAL (VALUES
+               ('every_hold_was_charged_what_its_transfers_say', c.checked, c.v1 + abs(s.transfers),
+                coalesce(c.e1, CASE WHEN s.transfers <> 0 THEN farebox.a_stray_charge() END)),
+               ('every_hold_ended_as_its_state_says', c.checked, c.v2, c.e2),
+               ('charges_recompute_from_usage_and_price', c.ended, c.v3, c.e3),
+               ('counted_charges_stay_within_their_hold', c.ended, c.v4, c.e4)
+           ) AS v (name, checked, violations, example);
+END
 $$;
 
 CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
@@ -196,15 +406,15 @@ CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
     WITH judged AS (
         SELECT h.id::text AS id,
                w.id IS NOT NULL AND (
-                   w.lease_until > statement_timestamp() - interval '5 minutes'
+                   w.lease_until > now() - interval '5 minutes'
                    -- Nobody sweeps while no worker runs, nor soon after Postgres came up or after workers were cut off
                    -- from it: one that has been there for a while should have.
-                   OR farebox.postgres_started() > statement_timestamp() - interval '5 minutes'
+                   OR farebox.postgres_started() > now() - interval '5 minutes'
                    OR NOT EXISTS (
                        SELECT FROM farebox.workers live
-                        WHERE live.lease_until > statement_timestamp()
-                          AND live.started_at < statement_timestamp() - interval '5 minutes'
-                          AND live.held_since < statement_timestamp() - interval '5 minutes'
+                        WHERE live.lease_until > now()
+                          AND live.started_at < now() - interval '5 minutes'
+                          AND live.held_since < now() - interval '5 minutes'
                    )
                ) AS kept
           FROM farebox.holds h LEFT JOIN farebox.workers w ON w.id = h.worker_id
@@ -251,54 +461,238 @@ CREATE FUNCTION farebox.audit_price_versions() RETURNS SETOF farebox.audit_check
            (SELECT count(*) FROM broken), (SELECT min(b.version) FROM broken b)
 $$;
 
-CREATE FUNCTION farebox.audit_prices() RETURNS SETOF farebox.audit_check
+CREATE FUNCTION farebox.audit_price_versions_since(_since timestamp with time zone) RETURNS SETOF farebox.audit_check
     LANGUAGE sql STABLE
     AS $$
-    WITH costs AS (
-        SELECT h.id::text AS id, h.charge,
-               -- Ours says to what; the gateway's own reasons don't.
-               CASE h.capped WHEN 'counted_above_hold' THEN h.charge >= h.amount ELSE h.capped IS NOT NULL END
-                   AS capped,
-               CASE WHEN h.usage IS NULL THEN 0 ELSE farebox.charge_at(p.rates, p.per_request, h.usage) END AS cost,
-               h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL OR h.charge <= h.amount AS within_hold
-          FROM farebox.holds h
-          LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
-         WHERE h.state <> 'open'
-    ), judged AS (
-        SELECT c.id, c.within_hold,
-               coalesce(c.charge = c.cost OR (c.capped AND c.charge < c.cost), false) AS kept
-          FROM costs c
+    WITH new AS (
+        SELECT v.version, v.body FROM farebox.price_versions v WHERE v.created_at > _since
+    ), broken AS (
+        SELECT n.version FROM new n WHERE encode(sha256(convert_to(n.body, 'UTF8')), 'hex') <> n.version
+        UNION
+        SELECT coalesce(s.version, p.version)
+          FROM (SELECT n.version, r.* FROM new n, LATERAL farebox.price_rows(n.body) AS r) AS s
+          FULL JOIN (SELECT p.* FROM farebox.prices p JOIN new n USING (version)) AS p USING (version, model, variant)
+         WHERE (s.rates, s.per_request) IS DISTINCT FROM (p.rates, p.per_request)
     )
-    SELECT v.name, c.checked, v.violations, v.example
+    SELECT 'price_versions_are_their_hash', (SELECT count(*) FROM new), (SELECT count(*) FROM broken),
+           (SELECT min(b.version) FROM broken b)
+$$;
+
+CREATE FUNCTION farebox.audit_since_last(_rows integer) RETURNS SETOF farebox.audit_check
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET work_mem TO '64MB'
+    SET plan_cache_mode TO 'force_custom_plan'
+    SET jit TO 'off'
+    AS $$
+DECLARE
+    on_its_way CONSTANT interval := interval '30 seconds';
+    last farebox.auditing;
+    steps farebox.audit_step[];
+    named uuid[];
+    ended record;
+    outcome farebox.audit_check;
+    clean boolean := true;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'repeatable read' THEN
+        RAISE EXCEPTION 'the audit looks at one moment: REPEATABLE READ only' USING ERRCODE = '25001';
+    END IF;
+    SELECT * INTO last FROM farebox.auditing FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    steps := farebox.audit_steps(_rows);
+    named := ARRAY(
+        SELECT DISTINCT (r.transfer).hold_id FROM farebox.audit_step_rows(steps) AS r
+         WHERE (r.transfer).hold_id IS NOT NULL
+    );
+    SELECT count(*) AS checked,
+           -- All that ended so far, but for what a transaction may still be about to write; or as far as _rows went.
+           CASE WHEN count(*) < _rows THEN now() ELSE max(e.ended_at) FILTER (WHERE e.in_time) END AS ended_to,
+           array_agg(e.account_id) FILTER (WHERE NOT (e.charged AND e.ended_so AND e.priced AND e.within)) AS bad,
+           count(*) FILTER (WHERE NOT e.charged) AS v1, min(e.hold_id::text) FILTER (WHERE NOT e.charged) AS e1,
+           count(*) FILTER (WHERE NOT e.ended_so) AS v2, min(e.hold_id::text) FILTER (WHERE NOT e.ended_so) AS e2,
+           count(*) FILTER (WHERE NOT e.priced) AS v3, min(e.hold_id::text) FILTER (WHERE NOT e.priced) AS e3,
+           count(*) FILTER (WHERE NOT e.within) AS v4, min(e.hold_id::text) FILTER (WHERE NOT e.within) AS e4
+      INTO ended
+      FROM farebox.audit_ended_holds(named, least(last.ended_to, now() - on_its_way), _rows) AS e;
+    FOR outcome IN
+        SELECT c.* FROM farebox.audit_accounts_since(steps, ended.bad) AS c
+        UNION ALL
+        VALUES ('every_hold_was_charged_what_its_transfers_say', ended.checked, ended.v1, ended.e1),
+               ('every_hold_ended_as_its_state_says', ended.checked, ended.v2, ended.e2),
+               ('charges_recompute_from_usage_and_price', ended.checked, ended.v3, ended.e3),
+               ('counted_charges_stay_within_their_hold', ended.checked, ended.v4, ended.e4)
+        UNION ALL
+        SELECT * FROM farebox.audit_price_versions_since(least(last.prices_to, now() - on_its_way))
+        UNION ALL
+        SELECT * FROM farebox.audit_leases()
+        UNION ALL
+        SELECT * FROM farebox.audit_guards()
+    LOOP
+        clean := clean AND outcome.violations = 0;
+        RETURN NEXT outcome;
+    END LOOP;
+    IF clean THEN
+        UPDATE farebox.auditing AS a
+           SET clean_at = now(), ended_to = least(ended.ended_to, now() - on_its_way),
+               prices_to = now() - on_its_way;
+    END IF;
+END
+$$;
+
+CREATE TABLE farebox.transfers (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    kind text NOT NULL,
+    account_side text NOT NULL,
+    system_account text NOT NULL,
+    amount bigint NOT NULL,
+    balance_after bigint NOT NULL,
+    debt_after bigint NOT NULL,
+    hold_id uuid,
+    reference text,
+    actor text,
+    reason text,
+    created_at timestamp with time zone NOT NULL,
+    CONSTRAINT known_kind CHECK ((kind = ANY (ARRAY['grant'::text, 'charge'::text, 'true_up'::text, 'overrun'::text, 'debt_payment'::text, 'reversal'::text]))),
+    CONSTRAINT transfers_account_side_check CHECK ((account_side = ANY (ARRAY['debit'::text, 'credit'::text]))),
+    CONSTRAINT transfers_amount_check CHECK ((amount > 0)),
+    CONSTRAINT transfers_balance_after_check CHECK ((balance_after >= 0)),
+    CONSTRAINT transfers_debt_after_check CHECK ((debt_after >= 0)),
+    CONSTRAINT transfers_system_account_check CHECK ((system_account = ANY (ARRAY['revenue'::text, 'stripe'::text, 'grants'::text, 'refunds'::text, 'disputes'::text, 'expired'::text, 'receivable'::text])))
+);
+
+CREATE FUNCTION farebox.audit_step_rows(_steps farebox.audit_step[]) RETURNS TABLE(step farebox.audit_step, transfer farebox.transfers)
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT s::farebox.audit_step, t
+      FROM unnest(_steps) AS s
+      JOIN farebox.transfers t ON t.account_id = s.account_id AND t.version > s.after
+       -- Beyond the account's own version, too: there should be none.
+       AND t.version <= CASE WHEN s.whole THEN 9223372036854775807 ELSE s.upto END
+$$;
+
+CREATE FUNCTION farebox.audit_steps(_rows integer) RETURNS farebox.audit_step[]
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT array_agg((b.id, b.after, least(b.version, b.after + _rows), b.version <= b.after + _rows, b.balance, b.debt)
+                         ::farebox.audit_step)
       FROM (
-               SELECT count(*) AS checked,
-                      count(*) FILTER (WHERE NOT j.kept) AS v1, min(j.id) FILTER (WHERE NOT j.kept) AS e1,
-                      count(*) FILTER (WHERE NOT j.within_hold) AS v2, min(j.id) FILTER (WHERE NOT j.within_hold) AS e2
-                 FROM judged j
-           ) AS c,
-           LATERAL (VALUES
-               ('charges_recompute_from_usage_and_price', c.v1, c.e1),
-               ('counted_charges_stay_within_their_hold', c.v2, c.e2)
-           ) AS v (name, violations, example)
+               SELECT a.id, a.version, coalesce(m.version, 0) AS after, coalesce(m.balance, 0) AS balance,
+                      coalesce(m.debt, 0) AS debt,
+                      sum(a.version - coalesce(m.version, 0))
+                          OVER (ORDER BY a.version - coalesce(m.version, 0), a.id ROWS UNBOUNDED PRECEDING)
+                          - (a.version - coalesce(m.version, 0)) AS before
+                 FROM farebox.accounts a LEFT JOIN farebox.audit_marks m ON m.account_id = a.id
+                WHERE a.version > coalesce(m.version, 0)
+           ) AS b
+     WHERE b.before < _rows
+$$;
+
+CREATE FUNCTION farebox.audit_stretch(_account_id uuid, _first bigint, _seals integer) RETURNS farebox.audit_stretch
+    LANGUAGE plpgsql STABLE COST 50000 PARALLEL SAFE
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    before farebox.seals;
+    lasts bigint[];
+    upto bigint;
+    found farebox.audit_stretch;
+BEGIN
+    SELECT * INTO before
+      FROM farebox.seals s
+     WHERE s.account_id = _account_id AND (_first IS NULL OR s.number < _first)
+     ORDER BY s.number DESC
+     LIMIT 1;
+    lasts := ARRAY(
+        SELECT s.last_version
+          FROM farebox.seals s
+         WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
+         ORDER BY s.number
+    );
+    upto := coalesce(lasts[cardinality(lasts)], 9223372036854775807);
+    WITH rows AS (
+        SELECT t.version, t.kind, t.balance_after, t.debt_after,
+               CASE t.account_side WHEN 'credit' THEN t.amount ELSE -t.amount END AS signed,
+               CASE t.system_account WHEN 'receivable' THEN 1 ELSE 0 END AS lent,
+               CASE WHEN _first IS NOT NULL THEN farebox.transfer_bytes(t) END AS bytes,
+               farebox.named_rightly(t) AS named
+          FROM farebox.transfers t
+         -- With the one before, for the chain.
+         WHERE t.account_id = _account_id AND t.version >= coalesce(before.last_version, 0) AND t.version <= upto
+    ), chained AS (
+        SELECT r.*,
+               r.balance_after = lag(r.balance_after, 1, 0) OVER w + r.signed
+                   AND r.debt_after = lag(r.debt_after, 1, 0) OVER w + r.lent * r.signed AS chained
+          FROM rows r
+        WINDOW w AS (ORDER BY r.version)
+    ), blocks AS MATERIALIZED (
+        SELECT width_bucket(c.version - 1, lasts) AS block, count(*) AS transfers, min(c.version) AS first,
+               max(c.version) AS last, sum(c.signed) AS balance, sum(c.lent * c.signed) AS debt,
+               count(*) FILTER (WHERE c.kind = 'charge') AS charges,
+               count(*) FILTER (WHERE NOT c.chained) AS unchained,
+               min(c.version) FILTER (WHERE NOT c.chained) AS unchained_at,
+               count(*) FILTER (WHERE NOT c.named) AS misnamed,
+               min(c.version) FILTER (WHERE NOT c.named) AS misnamed_at,
+               CASE WHEN _first IS NOT NULL THEN sha512(string_agg(c.bytes, '' ORDER BY c.version)) END AS digest
+          FROM chained c
+         WHERE c.version > coalesce(before.last_version, 0)
+         GROUP BY 1
+    ), held AS MATERIALIZED (
+        SELECT s.number, sha512(string_agg(farebox.hold_bytes(h), '' ORDER BY h.id)) AS digest
+          FROM farebox.seals s, unnest(s.hold_ids) AS u (hold_id) JOIN farebox.holds h ON h.id = u.hold_id
+         WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
+         GROUP BY s.number
+    )
+    SELECT sum(b.transfers), min(b.first), max(b.last), sum(b.balance), sum(b.debt), sum(b.charges),
+           sum(b.unchained), min(b.unchained_at), sum(b.misnamed), min(b.misnamed_at),
+           count(s.number),
+           count(*) FILTER (WHERE s.transfers_digest <> coalesce(b.digest, sha512(''))),
+           min(s.number) FILTER (WHERE s.transfers_digest <> coalesce(b.digest, sha512(''))),
+           sum(s.holds),
+           count(*) FILTER (WHERE NOT s.holds_kept), min(s.number) FILTER (WHERE NOT s.holds_kept),
+           count(*) FILTER (WHERE NOT s.linked), min(s.number) FILTER (WHERE NOT s.linked)
+      INTO found
+      FROM blocks b
+      FULL JOIN (
+               SELECT s.number, s.transfers_digest, row_number() OVER w - 1 AS block,
+                      cardinality(s.hold_ids) + cardinality(s.provisional_ids) AS holds,
+                      s.holds_digest = coalesce(d.digest, sha512(''))
+                          AND (s.provisional_ids = '{}' OR farebox.provisional_as_sealed(s)) AS holds_kept,
+                      s.head = farebox.seal_head(lag(s.head, 1, before.head) OVER w, s)
+                          AND s.number = lag(s.number, 1, coalesce(before.number, 0)) OVER w + 1
+                          AND s.last_version >= lag(s.last_version, 1, coalesce(before.last_version, 0)) OVER w
+                          AS linked
+                 FROM farebox.seals s LEFT JOIN held d USING (number)
+                WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
+               WINDOW w AS (ORDER BY s.number)
+           ) AS s ON s.block = b.block;
+    RETURN found;
+END
 $$;
 
 CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
     LANGUAGE sql STABLE
     AS $$
-    WITH counted (relation, rows) AS (
-        SELECT 'accounts', count(*) FROM farebox.accounts
-        UNION ALL SELECT 'api_keys', count(*) FROM farebox.api_keys
-        UNION ALL SELECT 'holds', count(*) FROM farebox.holds
-        UNION ALL SELECT 'price_versions', count(*) FROM farebox.price_versions
-        UNION ALL SELECT 'transfers', count(*) FROM farebox.transfers
-        UNION ALL SELECT 'workers', count(*) FROM farebox.workers
-    ), judged AS (
-        SELECT c.*, c.rows = 0 AND pg_stat_get_live_tuples(('farebox.' || c.relation)::regclass) > 0 AS hidden
-          FROM counted c
+    WITH judged (relation, rows) AS (
+        SELECT 'accounts', EXISTS (SELECT FROM farebox.accounts)
+        UNION ALL SELECT 'api_keys', EXISTS (SELECT FROM farebox.api_keys)
+        UNION ALL SELECT 'holds', EXISTS (SELECT FROM farebox.holds)
+        UNION ALL SELECT 'price_versions', EXISTS (SELECT FROM farebox.price_versions)
+        UNION ALL SELECT 'transfers', EXISTS (SELECT FROM farebox.transfers)
+        UNION ALL SELECT 'workers', EXISTS (SELECT FROM farebox.workers)
+        UNION ALL SELECT 'seals', EXISTS (SELECT FROM farebox.seals)
+    ), hidden AS (
+        SELECT j.relation, NOT j.rows AND pg_stat_get_live_tuples(('farebox.' || j.relation)::regclass) > 0 AS hidden
+          FROM judged j
     )
-    SELECT 'rows_are_visible', sum(j.rows)::bigint, count(*) FILTER (WHERE j.hidden),
-           min(j.relation) FILTER (WHERE j.hidden)
-      FROM judged j
+    SELECT 'rows_are_visible', count(*), count(*) FILTER (WHERE h.hidden), min(h.relation) FILTER (WHERE h.hidden)
+      FROM hidden h
 $$;
 
 CREATE TABLE farebox.idempotency_keys (
@@ -551,6 +945,19 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) RETURNS record
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT coalesce(sum(a.version), 0), coalesce(sum(a.version - coalesce(s.last_version, 0)), 0),
+           coalesce(sum(a.version - coalesce(m.version, 0)), 0), (SELECT g.clean_at FROM farebox.auditing g)
+      FROM farebox.accounts a
+      LEFT JOIN farebox.audit_marks m ON m.account_id = a.id
+      LEFT JOIN LATERAL (
+          SELECT s.last_version FROM farebox.seals s WHERE s.account_id = a.id ORDER BY s.number DESC LIMIT 1
+      ) AS s ON true
+$$;
+
 CREATE FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) RETURNS numeric
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
@@ -699,6 +1106,53 @@ BEGIN
     PERFORM farebox.set_spend_limit(_id, _spend_limit);
     RETURN 'done';
 END
+$$;
+
+CREATE TABLE farebox.holds (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    state text NOT NULL,
+    amount bigint NOT NULL,
+    key_id text,
+    worker_id uuid,
+    price_version text,
+    model text,
+    variant text,
+    quote text,
+    fingerprint bytea,
+    mark bigint[],
+    opened_at timestamp with time zone NOT NULL,
+    charge bigint,
+    overrun bigint DEFAULT 0 NOT NULL,
+    reversed bigint DEFAULT 0 NOT NULL,
+    usage bigint[],
+    usage_source text,
+    capped text,
+    ending text,
+    receipt text,
+    settle_fingerprint bytea,
+    ended_at timestamp with time zone,
+    CONSTRAINT ended_has_charge CHECK ((((state = 'open'::text) = (charge IS NULL)) AND ((state = 'open'::text) = (ended_at IS NULL)))),
+    CONSTRAINT holds_amount_check CHECK ((amount >= 0)),
+    CONSTRAINT holds_charge_check CHECK ((charge >= 0)),
+    CONSTRAINT holds_overrun_check CHECK ((overrun >= 0)),
+    CONSTRAINT holds_reversed_check CHECK ((reversed >= 0)),
+    CONSTRAINT holds_usage_check CHECK ((cardinality(usage) = 7)),
+    CONSTRAINT known_state CHECK ((state = ANY (ARRAY['open'::text, 'released'::text, 'final'::text, 'provisional'::text]))),
+    CONSTRAINT reversed_within_charge CHECK ((reversed <= COALESCE(charge, (0)::bigint)))
+)
+WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE FUNCTION farebox.ended_so(_hold farebox.holds) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT CASE _hold.state
+        WHEN 'final' THEN _hold.settle_fingerprint IS NOT NULL OR _hold.charge = 0
+        WHEN 'released' THEN _hold.charge = 0 AND _hold.settle_fingerprint IS NULL
+        WHEN 'provisional' THEN _hold.ending = 'worker_gone' AND _hold.settle_fingerprint IS NULL
+        WHEN 'open' THEN true
+        ELSE false
+    END
 $$;
 
 CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) RETURNS TABLE(hold_id uuid, account_id uuid, charge bigint)
@@ -995,6 +1449,17 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.hold_bytes(_row farebox.holds) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT record_send(ROW(
+        _row.id, _row.account_id, _row.state, _row.amount, _row.key_id, _row.worker_id, _row.price_version,
+        convert_to(_row.model, 'UTF8'), convert_to(_row.variant, 'UTF8'), convert_to(_row.quote, 'UTF8'),
+        _row.fingerprint, _row.mark, _row.opened_at, _row.charge, _row.overrun, _row.usage, _row.usage_source,
+        _row.capped, _row.ending, convert_to(_row.receipt, 'UTF8'), _row.settle_fingerprint, _row.ended_at
+    ))
+$$;
+
 CREATE FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1122,6 +1587,20 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.named_rightly(_row farebox.transfers) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT CASE _row.kind
+        WHEN 'charge' THEN _row.account_side = 'debit' AND _row.system_account = 'revenue'
+        WHEN 'grant' THEN _row.account_side = 'credit' AND _row.system_account = 'grants' AND _row.hold_id IS NULL
+        WHEN 'true_up' THEN _row.system_account = 'revenue'
+        WHEN 'reversal' THEN _row.account_side = 'credit' AND _row.system_account = 'revenue'
+        WHEN 'overrun' THEN _row.account_side = 'credit' AND _row.system_account = 'receivable'
+        WHEN 'debt_payment' THEN _row.account_side = 'debit' AND _row.system_account = 'receivable'
+        ELSE false
+    END
+$$;
+
 CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
     LANGUAGE sql
     AS $$
@@ -1147,6 +1626,52 @@ CREATE FUNCTION farebox.price_rows(_body text) RETURNS TABLE(model text, variant
            (priced.value ->> 'per_request')::bigint
       FROM jsonb_each(_body::jsonb -> 'routes') AS route,
            jsonb_each(route.value -> 'variants') AS priced
+$$;
+
+CREATE FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _per_request bigint) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT coalesce(
+        CASE
+            WHEN _hold.usage IS NULL THEN _hold.charge = 0
+            WHEN _hold.capped IS NULL THEN _hold.charge = farebox.charge_at(_rates, _per_request, _hold.usage)
+            WHEN _hold.capped = 'counted_above_hold' AND _hold.charge < _hold.amount
+                THEN _hold.charge = farebox.charge_at(_rates, _per_request, _hold.usage)
+            ELSE _hold.charge <= farebox.charge_at(_rates, _per_request, _hold.usage)
+        END,
+        false
+    )
+$$;
+
+CREATE TABLE farebox.seals (
+    account_id uuid NOT NULL,
+    number bigint NOT NULL,
+    last_version bigint NOT NULL,
+    transfers_digest bytea NOT NULL,
+    hold_ids uuid[] NOT NULL,
+    holds_digest bytea NOT NULL,
+    provisional_ids uuid[] NOT NULL,
+    provisional_digests bytea[] NOT NULL,
+    ended_to timestamp with time zone,
+    sealed_at timestamp with time zone NOT NULL,
+    head bytea NOT NULL,
+    CONSTRAINT seals_last_version_check CHECK ((last_version >= 0)),
+    CONSTRAINT seals_number_check CHECK ((number > 0))
+);
+
+CREATE FUNCTION farebox.provisional_as_sealed(_seal farebox.seals) RETURNS boolean
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM unnest(_seal.provisional_ids, _seal.provisional_digests) AS p (id, digest)
+          LEFT JOIN farebox.holds h ON h.id = p.id
+         WHERE CASE h.state
+                   WHEN 'provisional' THEN sha512(farebox.hold_bytes(h)) <> p.digest
+                   -- Trued up since: its end is under a later seal, or will be.
+                   WHEN 'final' THEN false
+                   ELSE true
+               END
+    )
 $$;
 
 CREATE FUNCTION farebox.put_price_version(_version text, _body text) RETURNS boolean
@@ -1331,6 +1856,126 @@ CREATE FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integ
     SELECT m.number, m.serves_from FROM farebox.schema_migrations m ORDER BY m.number DESC LIMIT 1
 $$;
 
+CREATE FUNCTION farebox.seal(_rows integer, _pause interval) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET row_security TO 'off'
+    SET work_mem TO '64MB'
+    SET plan_cache_mode TO 'force_custom_plan'
+    AS $$
+#variable_conflict use_column
+DECLARE
+    block_rows CONSTANT integer := 5000;
+    on_its_way CONSTANT interval := interval '2 minutes';
+    since timestamptz;
+    sealed bigint;
+    holds bigint;
+    ended_to timestamptz;
+    at timestamptz := clock_timestamp();
+BEGIN
+    -- Under an older snapshot than the lock, what the session before it has sealed would be sealed again.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'the ledger is sealed under READ COMMITTED only' USING ERRCODE = '25001';
+    END IF;
+    SELECT least(s.holds_to, at - on_its_way) INTO since
+      FROM farebox.sealing s FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    ELSIF since > at - on_its_way - _pause THEN
+        RETURN 0;
+    END IF;
+    WITH known AS MATERIALIZED (
+        SELECT id FROM farebox.seals s, unnest(s.hold_ids) AS id WHERE s.ended_to >= since
+    ), known_provisional AS MATERIALIZED (
+        SELECT id FROM farebox.seals s, unnest(s.provisional_ids) AS id WHERE s.ended_to >= since
+    ), ended AS MATERIALIZED (
+        SELECT h.*
+          FROM farebox.holds h
+         WHERE h.state <> 'open' AND h.ended_at >= since
+           AND CASE h.state
+                   WHEN 'provisional' THEN h.id NOT IN (SELECT id FROM known_provisional)
+                   ELSE h.id NOT IN (SELECT id FROM known)
+               END
+         ORDER BY h.ended_at, h.id
+         LIMIT _rows
+    ), holds AS (
+        SELECT e.account_id,
+               coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.state <> 'provisional'), '{}') AS ids,
+               sha512(coalesce(
+                   string_agg(farebox.hold_bytes(e::farebox.holds), '' ORDER BY e.id)
+                       FILTER (WHERE e.state <> 'provisional'), ''
+               )) AS digest,
+               coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.state = 'provisional'), '{}') AS provisional_ids,
+               coalesce(
+                   array_agg(sha512(farebox.hold_bytes(e::farebox.holds)) ORDER BY e.id)
+                       FILTER (WHERE e.state = 'provisional'), '{}'
+               ) AS provisional_digests,
+               max(e.ended_at) AS ended_to
+          FROM ended e
+         GROUP BY e.account_id
+    ), behind AS (
+        SELECT b.account_id, b.upto
+          FROM (
+                   SELECT a.id AS account_id, least(a.version, coalesce(l.last_version, 0) + block_rows) AS upto,
+                          sum(least(a.version - coalesce(l.last_version, 0), block_rows)) OVER (ORDER BY a.id)
+                              - least(a.version - coalesce(l.last_version, 0), block_rows) AS before
+                     FROM farebox.accounts a
+                     LEFT JOIN LATERAL (
+                         SELECT s.last_version FROM farebox.seals s
+                          WHERE s.account_id = a.id ORDER BY s.number DESC LIMIT 1
+                     ) AS l ON true
+                    WHERE a.version > coalesce(l.last_version, 0)
+               ) AS b
+         WHERE b.before < _rows
+    ), made AS (
+        SELECT account_id, coalesce(l.number, 0) + 1 AS number, l.head AS before,
+               -- All of them, or none.
+               CASE WHEN t.rows = b.upto - coalesce(l.last_version, 0) THEN b.upto ELSE coalesce(l.last_version, 0) END
+                   AS last_version,
+               CASE WHEN t.rows = b.upto - coalesce(l.last_version, 0) THEN t.digest ELSE sha512('') END AS digest,
+               coalesce(l.last_version, 0) AS after,
+               coalesce(h.ids, '{}') AS hold_ids, coalesce(h.digest, sha512('')) AS holds_digest,
+               coalesce(h.provisional_ids, '{}') AS provisional_ids,
+               coalesce(h.provisional_digests, '{}') AS provisional_digests, h.ended_to
+          FROM behind b
+          FULL JOIN holds h USING (account_id)
+          LEFT JOIN LATERAL (
+              SELECT s.number, s.last_version, s.head FROM farebox.seals s
+               WHERE s.account_id = coalesce(b.account_id, h.account_id) ORDER BY s.number DESC LIMIT 1
+          ) AS l ON true
+          LEFT JOIN LATERAL farebox.transfers_digest(b.account_id, coalesce(l.last_version, 0), b.upto) AS t
+                 ON b.account_id IS NOT NULL
+    ), written AS (
+        INSERT INTO farebox.seals
+        SELECT m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.holds_digest, m.provisional_ids,
+               m.provisional_digests, m.ended_to, statement_timestamp(),
+               farebox.seal_head(m.before, ROW(
+                   m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.holds_digest, m.provisional_ids,
+                   m.provisional_digests, m.ended_to, statement_timestamp(), NULL
+               )::farebox.seals)
+          FROM made m
+         WHERE m.last_version > m.after OR m.ended_to IS NOT NULL
+    )
+    SELECT coalesce(sum(m.last_version - m.after + cardinality(m.hold_ids) + cardinality(m.provisional_ids)), 0),
+           coalesce(sum(cardinality(m.hold_ids) + cardinality(m.provisional_ids)), 0), max(m.ended_to)
+      INTO sealed, holds, ended_to
+      FROM made m;
+    UPDATE farebox.sealing AS s
+       SET holds_to = CASE WHEN holds < _rows THEN at - on_its_way ELSE least(ended_to, at - on_its_way) END;
+    RETURN sealed;
+END
+$$;
+
+CREATE FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT sha256(record_send(ROW(
+        'farebox seal 1'::text, _before, _seal.account_id, _seal.number, _seal.last_version, _seal.transfers_digest,
+        _seal.hold_ids, _seal.holds_digest, _seal.provisional_ids, _seal.provisional_digests, _seal.ended_to,
+        _seal.sealed_at
+    )))
+$$;
+
 CREATE FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -1475,6 +2120,24 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.transfer_bytes(_row farebox.transfers) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT record_send(ROW(
+        _row.account_id, _row.version, _row.kind, _row.account_side, _row.system_account, _row.amount,
+        _row.balance_after, _row.debt_after, _row.hold_id, convert_to(_row.reference, 'UTF8'),
+        convert_to(_row.actor, 'UTF8'), convert_to(_row.reason, 'UTF8'), _row.created_at
+    ))
+$$;
+
+CREATE FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint, _upto bigint, OUT digest bytea, OUT rows bigint) RETURNS record
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT sha512(coalesce(string_agg(farebox.transfer_bytes(t), '' ORDER BY t.version), '')), count(*)
+      FROM farebox.transfers t
+     WHERE t.account_id = _account_id AND t.version > _after AND t.version <= _upto
+$$;
+
 CREATE FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1496,41 +2159,6 @@ BEGIN
     RETURN 'done';
 END
 $$;
-
-CREATE TABLE farebox.holds (
-    id uuid NOT NULL,
-    account_id uuid NOT NULL,
-    state text NOT NULL,
-    amount bigint NOT NULL,
-    key_id text,
-    worker_id uuid,
-    price_version text,
-    model text,
-    variant text,
-    quote text,
-    fingerprint bytea,
-    mark bigint[],
-    opened_at timestamp with time zone NOT NULL,
-    charge bigint,
-    overrun bigint DEFAULT 0 NOT NULL,
-    reversed bigint DEFAULT 0 NOT NULL,
-    usage bigint[],
-    usage_source text,
-    capped text,
-    ending text,
-    receipt text,
-    settle_fingerprint bytea,
-    ended_at timestamp with time zone,
-    CONSTRAINT ended_has_charge CHECK ((((state = 'open'::text) = (charge IS NULL)) AND ((state = 'open'::text) = (ended_at IS NULL)))),
-    CONSTRAINT holds_amount_check CHECK ((amount >= 0)),
-    CONSTRAINT holds_charge_check CHECK ((charge >= 0)),
-    CONSTRAINT holds_overrun_check CHECK ((overrun >= 0)),
-    CONSTRAINT holds_reversed_check CHECK ((reversed >= 0)),
-    CONSTRAINT holds_usage_check CHECK ((cardinality(usage) = 7)),
-    CONSTRAINT known_state CHECK ((state = ANY (ARRAY['open'::text, 'released'::text, 'final'::text, 'provisional'::text]))),
-    CONSTRAINT reversed_within_charge CHECK ((reversed <= COALESCE(charge, (0)::bigint)))
-)
-WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.02');
 
 CREATE FUNCTION farebox.write_down(_purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[], _at timestamp with time zone) RETURNS void
     LANGUAGE plpgsql
@@ -1591,6 +2219,22 @@ CREATE TABLE farebox.accounts (
 )
 WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.02');
 
+CREATE TABLE farebox.audit_marks (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    balance bigint NOT NULL,
+    debt bigint NOT NULL
+)
+WITH (fillfactor='70', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE TABLE farebox.auditing (
+    one boolean DEFAULT true NOT NULL,
+    clean_at timestamp with time zone,
+    ended_to timestamp with time zone NOT NULL,
+    prices_to timestamp with time zone NOT NULL,
+    CONSTRAINT auditing_one_check CHECK (one)
+);
+
 CREATE UNLOGGED TABLE farebox.idempotency_answers (
     hold_id uuid NOT NULL,
     head text NOT NULL,
@@ -1629,6 +2273,12 @@ CREATE TABLE farebox.schema_migrations (
     applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
+CREATE TABLE farebox.sealing (
+    one boolean DEFAULT true NOT NULL,
+    holds_to timestamp with time zone NOT NULL,
+    CONSTRAINT sealing_one_check CHECK (one)
+);
+
 CREATE TABLE farebox.spend_limits (
     family text NOT NULL,
     account_id uuid NOT NULL,
@@ -1640,28 +2290,6 @@ CREATE TABLE farebox.spend_limits (
     CONSTRAINT spend_limits_spent_check CHECK ((spent >= 0))
 )
 WITH (fillfactor='50');
-
-CREATE TABLE farebox.transfers (
-    account_id uuid NOT NULL,
-    version bigint NOT NULL,
-    kind text NOT NULL,
-    account_side text NOT NULL,
-    system_account text NOT NULL,
-    amount bigint NOT NULL,
-    balance_after bigint NOT NULL,
-    debt_after bigint NOT NULL,
-    hold_id uuid,
-    reference text,
-    actor text,
-    reason text,
-    created_at timestamp with time zone NOT NULL,
-    CONSTRAINT known_kind CHECK ((kind = ANY (ARRAY['grant'::text, 'charge'::text, 'true_up'::text, 'overrun'::text, 'debt_payment'::text, 'reversal'::text]))),
-    CONSTRAINT transfers_account_side_check CHECK ((account_side = ANY (ARRAY['debit'::text, 'credit'::text]))),
-    CONSTRAINT transfers_amount_check CHECK ((amount > 0)),
-    CONSTRAINT transfers_balance_after_check CHECK ((balance_after >= 0)),
-    CONSTRAINT transfers_debt_after_check CHECK ((debt_after >= 0)),
-    CONSTRAINT transfers_system_account_check CHECK ((system_account = ANY (ARRAY['revenue'::text, 'stripe'::text, 'grants'::text, 'refunds'::text, 'disputes'::text, 'expired'::text, 'receivable'::text])))
-);
 
 CREATE TABLE farebox.workers (
     id uuid NOT NULL,
@@ -1684,6 +2312,12 @@ ALTER TABLE ONLY farebox.accounts
 ALTER TABLE ONLY farebox.api_keys
     ADD CONSTRAINT api_keys_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY farebox.audit_marks
+    ADD CONSTRAINT audit_marks_pkey PRIMARY KEY (account_id);
+
+ALTER TABLE ONLY farebox.auditing
+    ADD CONSTRAINT auditing_pkey PRIMARY KEY (one);
+
 ALTER TABLE ONLY farebox.holds
     ADD CONSTRAINT holds_pkey PRIMARY KEY (id);
 
@@ -1705,6 +2339,12 @@ ALTER TABLE ONLY farebox.prices
 ALTER TABLE ONLY farebox.schema_migrations
     ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (number);
 
+ALTER TABLE ONLY farebox.sealing
+    ADD CONSTRAINT sealing_pkey PRIMARY KEY (one);
+
+ALTER TABLE ONLY farebox.seals
+    ADD CONSTRAINT seals_pkey PRIMARY KEY (account_id, number);
+
 ALTER TABLE ONLY farebox.spend_limits
     ADD CONSTRAINT spend_limits_pkey PRIMARY KEY (family);
 
@@ -1720,17 +2360,25 @@ CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
 
 CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id) WHERE (state <> 'open'::text);
 
+CREATE INDEX holds_ended ON farebox.holds USING btree (ended_at) WHERE (state <> 'open'::text);
+
 CREATE INDEX holds_open ON farebox.holds USING btree (worker_id) WHERE (state = 'open'::text);
 
 CREATE INDEX idempotency_answers_age ON farebox.idempotency_answers USING btree (expires_at);
 
 CREATE INDEX idempotency_keys_age ON farebox.idempotency_keys USING brin (claimed_at) WITH (autosummarize='on');
 
+CREATE INDEX seals_ended_to ON farebox.seals USING btree (ended_to) WHERE (ended_to IS NOT NULL);
+
 CREATE INDEX spend_limits_account ON farebox.spend_limits USING btree (account_id);
+
+CREATE INDEX transfers_of_a_hold ON farebox.transfers USING btree (hold_id) WHERE (kind = ANY (ARRAY['overrun'::text, 'reversal'::text]));
 
 CREATE UNIQUE INDEX transfers_once_a_hold ON farebox.transfers USING btree (hold_id, kind) WHERE (kind = ANY (ARRAY['charge'::text, 'true_up'::text]));
 
 CREATE UNIQUE INDEX transfers_reference ON farebox.transfers USING btree (kind, reference) WHERE (reference IS NOT NULL);
+
+CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.seals FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.transfers FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
@@ -1780,16 +2428,24 @@ GRANT USAGE ON SCHEMA farebox TO farebox_reader;
 
 REVOKE ALL ON FUNCTION farebox.a_move(_purse farebox.purse, _hold_id uuid, _reference text, _actor text, _reason text) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.a_stray_charge() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.a_stray_seal() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.a_stray_transfer() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.audit() FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.audit() TO farebox_control;
 
-REVOKE ALL ON FUNCTION farebox.audit_accounts() FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.audit_accounts_since(_steps farebox.audit_step[], _bad uuid[]) FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION farebox.audit_chain() FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.audit_book() FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION farebox.audit_charges() FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.audit_ended_holds(_named uuid[], _since timestamp with time zone, _rows integer) FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION farebox.audit_kinds() FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.audit_guards() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_holds() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_leases() FROM PUBLIC;
 
@@ -1797,7 +2453,19 @@ REVOKE ALL ON FUNCTION farebox.audit_limits() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_price_versions() FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION farebox.audit_prices() FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.audit_price_versions_since(_since timestamp with time zone) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_since_last(_rows integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.audit_since_last(_rows integer) TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.transfers TO farebox_control;
+GRANT SELECT ON TABLE farebox.transfers TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.audit_step_rows(_steps farebox.audit_step[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_steps(_rows integer) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_stretch(_account_id uuid, _first bigint, _seals integer) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_visibility() FROM PUBLIC;
 
@@ -1805,6 +2473,9 @@ REVOKE ALL ON FUNCTION farebox.bar_claim(_claim farebox.idempotency_keys) FROM P
 
 REVOKE ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) FROM PUBLIC;
 
@@ -1822,6 +2493,11 @@ GRANT ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id 
 
 REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.holds TO farebox_control;
+GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.ended_so(_hold farebox.holds) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) TO farebox_gateway;
@@ -1849,6 +2525,8 @@ REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBL
 REVOKE ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;
 
@@ -1871,11 +2549,19 @@ REVOKE ALL ON FUNCTION farebox.lock_reference(_kind text, _reference text) FROM 
 
 REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.named_rightly(_row farebox.transfers) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.open_purse(_account_id uuid) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.postgres_started() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.price_rows(_body text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _per_request bigint) FROM PUBLIC;
+
+GRANT SELECT ON TABLE farebox.seals TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.provisional_as_sealed(_seal farebox.seals) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;
@@ -1902,6 +2588,11 @@ GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from
 GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) TO farebox_control;
 GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from integer) TO farebox_reader;
 
+REVOKE ALL ON FUNCTION farebox.seal(_rows integer, _pause interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.seal(_rows integer, _pause interval) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) FROM PUBLIC;
@@ -1917,11 +2608,12 @@ GRANT ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) TO farebox_gateway;
 REVOKE ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.transfer_bytes(_row farebox.transfers) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint, _upto bigint, OUT digest bytea, OUT rows bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
-
-GRANT SELECT ON TABLE farebox.holds TO farebox_control;
-GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
 
 REVOKE ALL ON FUNCTION farebox.write_down(_purses farebox.purse[], _moves farebox.move[], _new_holds farebox.holds[], _changed_holds farebox.holds[], _at timestamp with time zone) FROM PUBLIC;
 
@@ -1936,8 +2628,5 @@ GRANT SELECT ON TABLE farebox.prices TO farebox_reader;
 GRANT SELECT ON TABLE farebox.schema_migrations TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.spend_limits TO farebox_control;
-
-GRANT SELECT ON TABLE farebox.transfers TO farebox_control;
-GRANT SELECT ON TABLE farebox.transfers TO farebox_reader;
 
 GRANT SELECT ON TABLE farebox.workers TO farebox_control;
