@@ -258,6 +258,8 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         keys = UpstreamKeys(environment(), settings.upstreams.parent)
         http = HttpClient()
         stack.push_async_callback(http.close)
+        relay = Relay(http, settler, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds)
+        metrics.watch(drains=lambda: len(relay.drains))
         chat = Chat(
             catalog=catalog.holder,
             authenticator=authenticator,
@@ -268,7 +270,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             lease_held=lease.held,
             worker_id=lease.worker_id,
             settler=settler,
-            relay=Relay(http, settler, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds),
+            relay=relay,
             idempotency=await _idempotency(settings, dsn, lease.worker_id, metrics, stack),
             dialects=DIALECTS,
             metrics=metrics,

@@ -42,6 +42,9 @@ LEDGER_OPERATIONS = (
 CLAIM_OUTCOMES = ("claimed", "running", "finished", "replayed", "mismatch")
 """What became of requests with an Idempotency-Key."""
 
+DEPARTURES = ("read_on", "unsent", "refused", "on_disconnect", "drain_seconds", "drain_tokens", "drains_max")
+"""The values of the label ``outcome``: what became of an answer whose client left, or what cut it off."""
+
 _SOURCES = ("reported", "partly_counted", "counted")
 _FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _CALL_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -90,6 +93,10 @@ class Metrics:
     def idempotency(self, outcome: str) -> None:
         """A request with an Idempotency-Key was admitted, refused or replayed: one of CLAIM_OUTCOMES."""
         self._idempotency[outcome].inc()
+
+    def client_left(self, outcome: str) -> None:
+        """An answer whose client had left has ended; ``outcome`` is one of DEPARTURES."""
+        self._departures.get(outcome, self._departures["read_on"]).inc()
 
     # Credits
 
@@ -155,9 +162,18 @@ class Metrics:
         exchanges: Callable[[], float] | None = None,
         unsettled: Callable[[], float] | None = None,
         lease_held: Callable[[], float] | None = None,
+        drains: Callable[[], float] | None = None,
     ) -> None:
-        """Read these when scraped (from the server's thread): open exchanges, finalizes not yet written, lease held."""
-        watched = ((self._exchanges, exchanges), (self._unsettled, unsettled), (self._lease, lease_held))
+        """Read these when scraped, from the server's thread.
+
+        Open exchanges, finalizes not yet written, whether the lease is held, answers without a client.
+        """
+        watched = (
+            (self._exchanges, exchanges),
+            (self._unsettled, unsettled),
+            (self._lease, lease_held),
+            (self._drains, drains),
+        )
         for gauge, read in watched:
             if read is not None:
                 gauge.set_function(read)
@@ -231,6 +247,9 @@ class Metrics:
         )
         claims = self._counter("idempotency_keys_total", "Requests with an Idempotency-Key.", ("outcome",))
         self._idempotency = {outcome: claims.labels(outcome) for outcome in CLAIM_OUTCOMES}
+        departures = self._counter("departures_total", "Answers whose client left before their end.", ("outcome",))
+        self._departures = {outcome: departures.labels(outcome) for outcome in DEPARTURES}
+        self._drains = self._gauge("drains", "Answers that are read on for clients that have left.")
         tokens = self._counter("tokens_total", "Tokens settled, by class and by who said so.", ("class", "source"))
         self._tokens = {source: [tokens.labels(name, source) for name in TOKEN_CLASSES] for source in _SOURCES}
         self._implausible = self._counter("implausible_usage_total", "Answers whose reported usage was not believed.")

@@ -8,7 +8,7 @@ tasks do the rest: find the usage, price it, and have the ledger finalize or rel
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -164,6 +164,8 @@ class Settler:
 
     def _settle(self, exchange: Exchange) -> None:
         self._open.discard(exchange)
+        if exchange.left_at is not None:
+            self._metrics.client_left(exchange.cut_by or _LEFT.get(exchange.ending, "read_on"))
         self._uncount(exchange.ticket.key_id)
         self._settling += 1
         self.own(self._end_hold(exchange))
@@ -225,3 +227,7 @@ class Settler:
         )
         if result.outcome is not FinalizeOutcome.FINAL:
             log.error("a charge was refused", request_id=str(ticket.hold_id), outcome=result.outcome)
+
+
+_LEFT: Mapping[Ending | None, str] = {Ending.CLIENT_LEFT_UNSENT: "unsent", Ending.UPSTREAM_REFUSED: "refused"}
+"""What became of an answer whose client left, by its ending, where nothing cut it off."""

@@ -1,8 +1,8 @@
 """The way to the upstream: one request out, one answer in as it arrives.
 
-The seam to the HTTP client: nothing outside this file knows httpx2. Its *transport* is used without its client, since
-the client would keep an upstream's cookies and send them with other people's requests, follow redirects and read proxy
-settings from the environment.
+The seam to the HTTP client: nothing outside this file knows httpx2 or, below it, httpcore2. Its *transport* is used
+without its client, since the client would keep an upstream's cookies and send them with other people's requests, follow
+redirects and read proxy settings from the environment.
 
     UpstreamFault              the upstream's or the network's fault; nothing here is the client's
       UpstreamUnreachable      no connection: the request was not sent

@@ -395,6 +395,27 @@ async def test_an_answer_that_reports_as_it_runs_is_not_charged_by_the_time(
     assert (await ended(customer))[:2] == (12 * INPUT + 40 * OUTPUT, "partly_counted")
 
 
+async def test_departures_are_counted(customer: Customer, upstream: ScriptedUpstream) -> None:
+    assert customer.proxy.app._services is not None
+    registry = customer.proxy.app._services.metrics.registry
+
+    def count(outcome: str) -> float:
+        return registry.get_sample_value("farebox_departures_total", {"outcome": outcome}) or 0.0
+
+    before = count("on_disconnect"), count("read_on")
+    upstream.will(SSE, Sleep(30))
+    await leave_after(customer, 0)
+    await customer.ended(1)
+    gate = asyncio.Event()
+    upstream.will(SSE, Wait(gate), *map(Chunk, (FINISH, usage_chunk(12, 7), DONE)), END)
+    await leave_after(customer, 0, model="drained")
+    await until(lambda: registry.get_sample_value("farebox_drains") == 1)
+    gate.set()
+    await customer.ended(2)
+    assert (count("on_disconnect"), count("read_on")) == (before[0] + 1, before[1] + 1)
+    await until(lambda: registry.get_sample_value("farebox_drains") == 0)
+
+
 # Limits of reading on.
 
 
