@@ -14,8 +14,10 @@ from proxy.gateway.headers import Headers
 
 __all__ = ["Abandoned", "BrokenOff", "Channel", "Head"]
 
-# What may wait for a client. uvicorn keeps 64 KiB more before its send blocks.
-BUFFER_BYTES_MAX = 256 * 1024
+# What may wait for a client here, beside one piece as it came from the upstream, and what it is handed at once. The
+# server keeps less (``protocol.py``): together well below 256 KiB for a client that doesn't read.
+BUFFER_BYTES_MAX = 16 * 1024
+TAKEN_BYTES_MAX = 16 * 1024
 
 
 class Abandoned(Exception):
@@ -45,7 +47,7 @@ class Channel:
         self.unsent_bytes: Callable[[], int] = _none
         """How many of those the server still has; the consumer puts its own here."""
         self._head: Head | Refusal | None = None
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | memoryview] = []
         self._size = 0
         self._over = False
         self._broken = False
@@ -139,7 +141,7 @@ class Channel:
         return self._over and not self._broken and not self._chunks
 
     async def get(self) -> bytes:
-        """All bytes that wait; ``b""`` at the end. Raises BrokenOff at a broken end, or Abandoned."""
+        """What waits, not too much at once; ``b""`` at the end. Raises BrokenOff at a broken end, or Abandoned."""
         while not self._chunks and not self._over and not self._abandoned:
             await self._wait()
         if self._abandoned:
@@ -148,10 +150,29 @@ class Channel:
             if self._broken:
                 raise BrokenOff
             return b""
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._size = 0
-        _wake(self._writer)
+        if self._size <= TAKEN_BYTES_MAX:
+            data = b"".join(self._chunks)
+            self._chunks.clear()
+        else:
+            data = self._some()
+        self._size -= len(data)
+        if self._size <= BUFFER_BYTES_MAX:
+            _wake(self._writer)
+        return data
+
+    def _some(self) -> bytes:
+        """The first pieces, up to TAKEN_BYTES_MAX, of more than that."""
+        chunks, room = self._chunks, TAKEN_BYTES_MAX
+        if len(chunks[0]) > room:
+            # Views, since a whole answer of many megabytes would be copied again for each piece of it.
+            whole = memoryview(chunks[0])
+            chunks[:1] = [whole[start : start + room] for start in range(0, len(whole), room)]
+        count = 0
+        while len(chunks[count]) <= room:
+            room -= len(chunks[count])
+            count += 1
+        data = b"".join(chunks[:count])
+        del chunks[:count]
         return data
 
     def abandon(self) -> None:

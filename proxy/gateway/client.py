@@ -2,7 +2,8 @@
 
 A handler is not told of a disconnect; only ``receive()`` is. So one task waits on it from the moment the body is in
 until the answer is out, streaming or not. A client that keeps its socket open and doesn't read blocks ``send``, since
-the server bounds what it buffers; after ``send_seconds`` without progress it counts as gone.
+the server bounds what it buffers; after ``send_seconds`` without progress it counts as gone. One that reads slowly
+makes progress.
 """
 
 import asyncio
@@ -16,8 +17,9 @@ __all__ = ["ABORT", "Client"]
 
 ABORT = "farebox.abort"
 """In ``scope["extensions"]``: its ``abort()`` resets the connection at once, unread bytes and all; ``unsent()`` is how
-many bytes the server still has. Our own extension of ASGI (``protocol.py``), since an app by itself can only have a
-connection closed once everything was read, and isn't told how far it was."""
+many bytes the server still has, ``queued()`` adds those that the kernel has and the client's machine hasn't taken. Our
+own extension of ASGI (``protocol.py``), since an app by itself can only have a connection closed once everything was
+read, and isn't told how far it was."""
 
 
 class Client:
@@ -27,6 +29,7 @@ class Client:
         connection = scope.get("extensions", {}).get(ABORT, {})
         self._abort: Callable[[], None] | None = connection.get("abort")
         self._unsent: Callable[[], int] | None = connection.get("unsent")
+        self._queued: Callable[[], int] = connection.get("queued", _unknown)
         self._receive = receive
         self._send = send
         self._send_seconds = send_seconds
@@ -35,6 +38,9 @@ class Client:
         self._timer: asyncio.TimerHandle | None = None
         self._writer: asyncio.Task[None] | None = None
         self._sending_since: float | None = None
+        self._queued_then: tuple[float, int] | None = None
+        """The write that was under way at the last look, and how much was queued then."""
+        self._moved_at = 0.0
         self._on_left: Callable[[], None] | None = None
         self._stalled = False
         self.left = False
@@ -92,10 +98,20 @@ class Client:
 
     def _look(self) -> None:
         """Every now and then: is a write stuck? One timer an answer costs less than a time limit on each write."""
-        since, now = self._sending_since, self._loop.time()
-        if since is None or now - since < self._send_seconds:
-            self._timer = self._loop.call_later(self._send_seconds / 4, self._look)
-            return
+        since, now, soon = self._sending_since, self._loop.time(), self._send_seconds / 4
+        if since is not None:
+            queued = self._queued()
+            if self._queued_then is not None and self._queued_then[0] == since and queued < self._queued_then[1]:
+                self._moved_at = now
+            self._queued_then = since, queued
+            left = max(since, self._moved_at) + self._send_seconds - now
+            if left <= 0:
+                self._give_up()
+                return
+            soon = min(soon, left)
+        self._timer = self._loop.call_later(soon, self._look)
+
+    def _give_up(self) -> None:
         self._stalled = True
         self._leave()
         if self._abort is not None:
@@ -113,3 +129,7 @@ class Client:
             self.left = True
             if self._on_left is not None:
                 self._on_left()
+
+
+def _unknown() -> int:
+    return 0

@@ -11,9 +11,13 @@ its way is lost with it.
 """
 
 import asyncio
+import fcntl
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from uvicorn.config import Config
@@ -28,6 +32,9 @@ __all__ = ["GuardedProtocol", "Parting", "guarded_protocol"]
 # The request line is no header, and a head that arrives in one piece is refused by the app, with a better answer.
 _REQUEST_LINE_BYTES_MAX = 16 * 1024
 
+
+# What waits here for a client beside what the kernel has. uvicorn's send waits while there is more.
+_WRITE_BYTES_HIGH = 16 * 1024
 
 _NO_LINGERING = struct.pack("ii", 1, 0)
 
@@ -84,6 +91,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_WRITE_BYTES_HIGH)
         self._parting.came(self)
         self._expect()
 
@@ -125,7 +133,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
         # An ASGI extension of ours: an app alone can't reset a connection, nor see how far it is.
-        self.scope["extensions"] = {ABORT: {"abort": self._reset, "unsent": self.transport.get_write_buffer_size}}
+        size = self.transport.get_write_buffer_size
+        self.scope["extensions"] = {ABORT: {"abort": self._reset, "unsent": size, "queued": self._queued}}
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -144,6 +153,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self._parting.went(self)
         self._expect_nothing()
         super().connection_lost(exc)
+
+    def _queued(self) -> int:
+        """Bytes that the client's machine hasn't taken. They become fewer where it reads, however slowly."""
+        size = self.transport.get_write_buffer_size()
+        raw = self.transport.get_extra_info("socket")
+        with suppress(OSError):  # not every system tells
+            size += int.from_bytes(fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return size
 
     def _reset(self) -> None:
         """Close the connection now. Without lingering, or the kernel would go on offering what nobody reads."""

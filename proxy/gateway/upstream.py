@@ -10,6 +10,7 @@ redirects and read proxy settings from the environment.
       UpstreamBroken           the connection broke, or what came isn't HTTP
 """
 
+import socket
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -36,6 +37,9 @@ WRITE_SECONDS = 60.0
 # Below what load balancers and providers keep open (60 s and more), so that a reused connection is seldom a closed one.
 IDLE_SECONDS = 25.0
 IDLE_CONNECTIONS_MAX = 1_000
+# While a client doesn't read, its upstream isn't read either, and the kernel would take megabytes of each in advance.
+RECEIVE_BUFFER_BYTES = 128 * 1024
+_SOCKET_OPTIONS = [(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)]
 
 
 class UpstreamFault(Exception):
@@ -152,7 +156,9 @@ class HttpClient:
 
     def _new_transport(self, url: httpx2.URL) -> httpx2.AsyncHTTPTransport:
         limits = httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=IDLE_SECONDS)
-        transport = httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
+        transport = httpx2.AsyncHTTPTransport(
+            verify=self._tls, trust_env=False, limits=limits, socket_options=_SOCKET_OPTIONS
+        )
         if url.scheme == "https":
             transport._pool = httpcore2.AsyncConnectionPool(
                 ssl_context=self._tls,
@@ -160,6 +166,7 @@ class HttpClient:
                 max_keepalive_connections=1,
                 keepalive_expiry=IDLE_SECONDS,
                 network_backend=_TlsBackend(),
+                socket_options=_SOCKET_OPTIONS,
             )
         return transport
 

@@ -25,6 +25,7 @@ __all__ = ["STOP_SIGNALS", "Server", "Stop", "base_url", "hung_up", "listen", "s
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.25
 BACKLOG = 2048
+SEND_BUFFER_BYTES = 64 * 1024
 # Longer than clients keep a connection idle (httpx: 5 s, as uvicorn), or one is closed under a request on its way.
 KEEP_ALIVE_SECONDS = 75
 CUT_SECONDS = 2.0
@@ -40,6 +41,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections take it over. Else the kernel buys megabytes for a client that doesn't read, and they are metered.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)
