@@ -38,7 +38,7 @@ WRITE_SECONDS = 60.0
 IDLE_SECONDS = 25.0
 IDLE_CONNECTIONS_MAX = 1_000
 # While a client doesn't read, its upstream isn't read either, and the kernel would take megabytes of each in advance.
-RECEIVE_BUFFER_BYTES = 128 * 1024
+RECEIVE_BUFFER_BYTES = 64 * 1024
 _SOCKET_OPTIONS = [(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)]
 
 

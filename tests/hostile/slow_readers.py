@@ -170,7 +170,7 @@ async def _until_reset(connection: socket.socket, reset: "asyncio.Future[None]")
 
 
 async def _watch(server: Server, found: Findings) -> None:
-    while True:
+    while server.process.returncode is None:
         found.rss_peak = max(found.rss_peak, server.rss_bytes())
         await asyncio.sleep(0.1)
 
@@ -196,7 +196,7 @@ async def _good_calls(server: Server, customer: Customer, count: int) -> list[fl
 
 async def _until_open(operator: Proxy, customer: Customer, count: int) -> None:
     query = "SELECT count(*) FROM farebox.holds WHERE account_id = $1"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             [row] = await operator.query(query, customer.id)
             if row["count"] >= count:
