@@ -158,7 +158,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Bytes that the client's machine hasn't taken. They become fewer where it reads, however slowly."""
         size = self.transport.get_write_buffer_size()
         raw = self.transport.get_extra_info("socket")
-        with suppress(OSError):  # not every system tells
+        with suppress(OSError, ValueError):  # not every system tells, and none of a socket that was closed meanwhile
             size += int.from_bytes(fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return size
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from proxy.core.errors import UpstreamError
-from proxy.gateway.channel import BUFFER_BYTES_MAX, Abandoned, BrokenOff, Channel, Head
+from proxy.gateway.channel import BUFFER_BYTES_MAX, TAKEN_BYTES_MAX, Abandoned, BrokenOff, Channel, Head
 
 HEAD = Head(200, [(b"a", b"b")])
 
@@ -42,6 +42,25 @@ async def test_a_reader_waits_for_the_head_and_for_each_piece() -> None:
         assert seen[-1] == piece
     channel.end()
     await reading
+
+
+@pytest.mark.parametrize(
+    "sizes", [[10 * TAKEN_BYTES_MAX + 1], [1] * 50_000, [TAKEN_BYTES_MAX, 1], [7, 3 * TAKEN_BYTES_MAX, 5]]
+)
+async def test_never_too_much_is_handed_over_at_once_and_nothing_is_lost(sizes: list[int]) -> None:
+    channel = Channel()
+    channel.start(HEAD)
+    pieces = [bytes([number % 251]) * size for number, size in enumerate(sizes)]
+    for piece in pieces:
+        channel.put_at_once(piece)
+    channel.end()
+    taken = []
+    while data := await channel.get():
+        assert type(data) is bytes
+        assert len(data) <= TAKEN_BYTES_MAX
+        taken.append(data)
+    assert b"".join(taken) == b"".join(pieces)
+    assert channel.finished
 
 
 async def test_a_writer_waits_where_nobody_reads() -> None:
