@@ -104,15 +104,15 @@ async def _hear(supervisor: Peer, stop: Stop) -> None:
     while (words := await supervisor.hear()) is not None:
         match words.get("order"):
             case Order.STOP:
-                stop.asked.set()
+                stop.ask()
             case Order.HURRY:
                 stop.hurry_up()
             case Order.RETIRE:
-                stop.retiring.set()
+                stop.retire()
     if not stop.asked.is_set() and not stop.retiring.is_set():
         log.error("the supervisor is gone: this worker stops")
     stop.orphaned = True
-    stop.asked.set()
+    stop.ask()
 
 
 def _users_lock(briefing: Briefing) -> FileLock | None:

@@ -82,6 +82,7 @@ class Stop:
         """Another process has taken this one's place: end what runs, however long it takes, and then stop."""
         self.orphaned = False
         """Whoever held the listening socket with us is gone; its successor may want the port."""
+        self._woken = asyncio.Event()
         self._parent = os.getppid() if with_parent else None
 
     @contextlib.contextmanager
@@ -106,17 +107,27 @@ class Stop:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self.asked.wait()
+                    await self._woken.wait()
+
+    def ask(self) -> None:
+        """Stop."""
+        self.asked.set()
+        self._woken.set()
+
+    def retire(self) -> None:
+        """Stop when what runs has come to its end; another process serves in this one's place."""
+        self.retiring.set()
+        self._woken.set()
 
     def signalled(self) -> None:
         """Somebody wants this process to stop; the second time, not to wait."""
         if self.asked.is_set():
             self.hurry_up()
-        self.asked.set()
+        self.ask()
 
     def hurry_up(self) -> None:
         """Stop, and don't wait for what runs."""
-        self.asked.set()
+        self.ask()
         if not self.hurried.is_set():
             self.hurried.set()
             for hurry in self.hurry:
