@@ -78,6 +78,7 @@ READER_CONNECTIONS = 4
 IDEMPOTENCY_CONNECTIONS = 4
 # After the last exchange was cut: for what waits in the ledger's batch, and for connections to close.
 LEDGER_STOP_SECONDS = 5.0
+LEDGER_AWAY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +399,8 @@ def _journal_terms(settings: Settings, timing: Timing) -> JournalTerms | None:
 
 
 async def _stop_ledger(ledger: BatchedLedger, journaling: Journaling) -> None:
-    remains = await ledger.stop(LEDGER_STOP_SECONDS)
+    # The settler has waited for it already: without a connection by now there won't be one in time.
+    remains = await ledger.stop(LEDGER_STOP_SECONDS if ledger.connected else LEDGER_AWAY_SECONDS)
     lost = "was not written" if journaling.journal is None else "waits in the journal"
     for row in remains.finalizes:
         log.error(f"a charge {lost}", request_id=str(row.hold_id), charge=row.charge)

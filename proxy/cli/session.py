@@ -26,6 +26,12 @@ __all__ = ["Access", "actor", "ask_control", "database_access", "operate", "requ
 
 Result = TypeVar("Result")
 
+CONNECTIONS = 60
+WORKER_CONNECTIONS = 50
+"""What a worker may open at most, twice: during a restart there are two in its place."""
+LINGER_SECONDS = 15.0
+"""For workers whose supervisor was killed: beside what their answers get, to settle in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -58,7 +64,9 @@ def database_access(
         yield Access(url, url, settings, embedded=False)
         return
     state = StateDirectory(settings.state_dir)
-    cluster = Cluster(state, purpose=purpose, serving=serving, progress=progress)
+    cluster = (
+        _serving_cluster(settings, purpose, progress) if serving else Cluster(state, purpose=purpose, progress=progress)
+    )
     address = cluster.start() if serving else cluster.open()
     try:
         asyncio.run(migrate(address.owner, grant_to=APP))
@@ -67,6 +75,18 @@ def database_access(
         yield Access(address.owner, address.app, own, embedded=True, failed=lambda: _failure(cluster))
     finally:
         cluster.close()
+
+
+def _serving_cluster(settings: Settings, purpose: str, progress: Callable[[str], None]) -> Cluster:
+    """The embedded database for a server: connections for all its workers, and time for theirs to end should it die."""
+    return Cluster(
+        StateDirectory(settings.state_dir),
+        purpose=purpose,
+        serving=True,
+        linger_seconds=settings.shutdown_seconds + LINGER_SECONDS,
+        settings={"max_connections": str(CONNECTIONS + WORKER_CONNECTIONS * (settings.workers or 1))},
+        progress=progress,
+    )
 
 
 def operate(work: Callable[[Operations], Awaitable[Result]], database_url: str | None, *, purpose: str) -> Result:

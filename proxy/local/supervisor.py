@@ -127,17 +127,24 @@ class Supervisor:
         """A new worker for the slot, serving. Raises WorkerFailed."""
         worker = Worker(slot.number, self._on_exit)
         self._alive.add(worker)
+        # Cancelled half way, a start would leave a process that nobody knows.
+        starting = asyncio.create_task(self._start(worker, self._brief(slot.number)))
+        starting.add_done_callback(_retrieve)
+        await asyncio.shield(starting)
+        await worker.ready(self._limits.start)
+        log.info("a worker serves", slot=slot.number, worker_pid=worker.pid)
+        return worker
+
+    async def _start(self, worker: Worker, briefing: Briefing) -> None:
         try:
-            await worker.start(self._command, self._listener, self._brief(slot.number))
+            await worker.start(self._command, self._listener, briefing)
         except WorkerFailed:
             self._alive.discard(worker)
+            self._changed.set()
             raise
         self._metrics.add(worker)
         if self._stopping:
             worker.stop()
-        await worker.ready(self._limits.start)
-        log.info("a worker serves", slot=slot.number, worker_pid=worker.pid)
-        return worker
 
     # Replacing
 
@@ -233,7 +240,7 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        ending = list(self._alive)
+        ending = sorted(self._alive, key=lambda worker: worker.slot)
         for worker in ending:
             worker.stop()
         if not await self._all_gone(self._limits.stop):
@@ -275,6 +282,12 @@ class Supervisor:
         for worker in self._alive:
             counts[worker.life.value] += 1
         return counts
+
+
+def _retrieve(task: "asyncio.Task[None]") -> None:
+    """Nobody may be waiting for this task any more; what went wrong is the business of who was."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _require_good_ends(ending: Sequence[Worker]) -> None:

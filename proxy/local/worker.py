@@ -60,7 +60,7 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._peer: Peer | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._waiting: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
 
     @property
@@ -89,10 +89,13 @@ class Worker:
         finally:
             theirs.close()
             their_metrics.close()
-        self._tasks.append(asyncio.create_task(self._wait(self._process)))
         ours.setblocking(False)
-        self._peer = await Peer.on(ours)
-        self._tasks.append(asyncio.create_task(self._listen(self._peer, briefing)))
+        peer = await Peer.on(ours)
+        # Before any order: these are the first words that it understands.
+        peer.brief(briefing)
+        self._peer = peer
+        listening = asyncio.create_task(self._listen(peer))
+        self._waiting = asyncio.create_task(self._wait(self._process, listening))
 
     async def ready(self, limit_seconds: float) -> None:
         """Return once it serves. Raises WorkerFailed, and then it is gone or soon will be."""
@@ -133,18 +136,17 @@ class Worker:
         """Return once its process has ended."""
         await self._gone.wait()
 
-    async def _listen(self, peer: Peer, briefing: Briefing) -> None:
-        peer.brief(briefing)
+    async def _listen(self, peer: Peer) -> None:
         while (words := await peer.hear()) is not None:
             if words.get("said") == "ready" and not self._ready.done():
                 self._ready.set_result(None)
             elif words.get("said") == "failed" and not self._ready.done():
                 self._ready.set_exception(WorkerFailed(str(words.get("reason"))))
 
-    async def _wait(self, process: asyncio.subprocess.Process) -> None:
+    async def _wait(self, process: asyncio.subprocess.Process, listening: "asyncio.Task[None]") -> None:
         self.status = await process.wait()
         # What it said last may still have to be read.
-        await asyncio.gather(*self._tasks[1:], return_exceptions=True)
+        await asyncio.gather(listening, return_exceptions=True)
         if not self._ready.done():
             self._ready.set_exception(WorkerFailed(f"it {exit_words(self.status)} before it was ready"))
         self._ready.exception()

@@ -230,6 +230,29 @@ async def test_a_stop_during_a_restart_stops_all_of_them() -> None:
             await running.ended
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 20])
+async def test_a_stop_at_any_moment_of_a_start_leaves_no_process(turns: int) -> None:
+    metrics, stop, limits = WorkersMetrics(), Stop(), SupervisorLimits(stop=60)
+    with listen("127.0.0.1", 0) as listener:
+        command = (sys.executable, "-I", "-S", "-c", FAKE)
+        supervisor = Supervisor(command, listener, Script(), count=3, metrics=metrics, limits=limits)
+        running = asyncio.create_task(supervisor.run(stop, on_ready=lambda: None, failed=lambda: None))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        stop.ask()
+        await asyncio.wait_for(running, 30)
+        assert supervisor._alive == set()
+
+
+async def test_a_restart_tries_at_once_what_waits_for_its_next_attempt() -> None:
+    limits = SupervisorLimits(start=20, stop=20, steady=60, pause_min=1000, pause_max=1000)
+    script = Script({}, {"die_after": 0.1}, {"fail": "the database is away"}, {})
+    async with supervising(script, limits=limits) as running:
+        await running.until(lambda: running.number("farebox_worker_start_failures_total") == 1)
+        running.supervisor.restart_soon()
+        await running.until(lambda: len(running.pids()) == 2)
+
+
 async def test_a_worker_that_doesnt_stop_is_killed_and_that_is_said() -> None:
     limits = SupervisorLimits(stop=0.5)
     async with supervising(Script({"deaf": True}), count=1, limits=limits) as running:
