@@ -18,7 +18,7 @@ from proxy.ledger.journal_files import DONE, OPEN, JournalDirectory, JournalFile
 from proxy.ledger.journal_records import read_journal
 from tests.e2e.proxy import Customer, Proxy, running_proxy
 from tests.e2e.test_processes import ROOT, serve
-from tests.e2e.test_workers import eventually, workers
+from tests.e2e.workers import eventually, workers
 from tests.fakes.upstream import ScriptedUpstream, Wait, chat_answer, chunk, stream, usage_chunk, whole
 from tests.ledger.journals import until
 from tests.postgres import Database
