@@ -23,10 +23,16 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.asynccontextmanager
 async def serve(
-    database: Database, directory: Path, upstream: ScriptedUpstream, *, root: str | Path = ROOT, **settings: str
+    database: Database,
+    directory: Path,
+    upstream: ScriptedUpstream,
+    *,
+    root: str | Path = ROOT,
+    pricing: str | None = None,
+    **settings: str,
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """``farebox serve`` on a free port: the process and its base URL. ``root``: where its code is."""
-    (directory / "pricing.yaml").write_text(pricing_yaml())
+    (directory / "pricing.yaml").write_text(pricing or pricing_yaml())
     (directory / "upstreams.yaml").write_text(upstreams_yaml(upstream.base_url))
     values = {
         "METRICS_PORT": "0",

@@ -35,6 +35,8 @@ PREVIOUS_COMMIT = "76caefa"
 """The code of the release before, where this checkout has its history."""
 STREAM_COST = 10 * 1000 + 20 * 3000
 CALL_COST = 10 * 1000 + 5 * 3000
+PRICING = "per: 1000\nmodels: {m: {upstream: up, input: 1, output: 3, max_output_tokens: 1000}}\n"
+"""In words that the release before understands: it refuses a key that it doesn't know."""
 GRANT = 1_000_000
 """Credits."""
 
@@ -84,14 +86,14 @@ async def test_old_and_new_serve_side_by_side_while_the_schema_is_migrated(
         (tmp_path / name).mkdir()
     async with ScriptedUpstream() as upstream, httpx2.AsyncClient(timeout=60) as http:
         upstream.choose(answer)
-        async with serve(database, tmp_path / "old", upstream, root=previous_code) as (old, old_url):
+        async with serve(database, tmp_path / "old", upstream, root=previous_code, pricing=PRICING) as (old, old_url):
             keys = [new_key(previous_code, database, name) for name in ("ann", "bob")]
             enough_of_old, enough = asyncio.Event(), asyncio.Event()
             calls = [asyncio.create_task(keep_calling(http, old_url, keys[i % 2], enough_of_old)) for i in range(6)]
             await asyncio.sleep(2)
             await migrated(database)
             await asyncio.sleep(1)
-            async with serve(database, tmp_path / "new", upstream, WORKERS="2") as (new, new_url):
+            async with serve(database, tmp_path / "new", upstream, pricing=PRICING, WORKERS="2") as (new, new_url):
                 calls += [asyncio.create_task(keep_calling(http, new_url, keys[i % 2], enough)) for i in range(6)]
                 await asyncio.sleep(3)
                 enough_of_old.set()
