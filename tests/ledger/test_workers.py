@@ -1,6 +1,7 @@
 """Workers: a lease, progress marks, and what the sweeper settles when a worker is gone."""
 
 import asyncio
+import time
 from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID, uuid4
@@ -346,3 +347,25 @@ async def test_a_heartbeat_doesnt_wait_for_a_hold_that_is_being_settled(bank: Ba
         assert await asyncio.wait_for(bank.holds.heartbeat(bank.worker_id, [mark]), 2)
     finalized = await bank.finalize(replace(reserve), 10)
     assert finalized.charge == 10
+
+
+async def test_a_mark_costs_the_same_however_many_holds_are_open(bank: Bank) -> None:
+    """Asked for the open holds of a worker, a planner that knew an empty table goes through all of them, each time."""
+    _, key = await bank.open_account(10_000)
+    rows = [bank.a_reserve(key, 1) for _ in range(4_000)]
+    marks = [Mark(row.hold_id, Usage(output=1)) for row in rows[:100]]
+
+    async def quickest() -> float:
+        seconds = []
+        for _ in range(7):
+            began = time.perf_counter()
+            assert len((await bank.holds.heartbeat(bank.worker_id, marks)).marked) == len(marks)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    await bank.holds.batch([], rows[:100])
+    alone = await quickest()
+    for start in range(100, len(rows), 300):
+        await bank.holds.batch([], rows[start : start + 300])
+    assert await quickest() < 5 * alone
+    await gone(bank, rows[0])

@@ -42,17 +42,20 @@ BEGIN
         RETURN NULL;
     END IF;
     UPDATE farebox.workers AS w SET beat = coalesce(_beat, w.beat) WHERE w.id = _worker_id;
-    WITH free AS MATERIALIZED (
-        SELECT h.id, u.n
-          FROM unnest(_hold_ids) WITH ORDINALITY AS u (id, n) JOIN farebox.holds h ON h.id = u.id
-         WHERE h.worker_id = _worker_id AND h.state = 'open'
-         ORDER BY h.id
-           FOR NO KEY UPDATE OF h SKIP LOCKED
+    -- Each row by its key, and judged when it is locked: asked for the worker's open holds, the planner would go through
+    -- all of them for every mark.
+    WITH locked AS MATERIALIZED (
+        SELECT h.id, h.worker_id, h.state, u.n
+          FROM unnest(_hold_ids) WITH ORDINALITY AS u (id, n)
+         CROSS JOIN LATERAL (
+                   SELECT x.id, x.worker_id, x.state FROM farebox.holds x WHERE x.id = u.id
+                      FOR NO KEY UPDATE SKIP LOCKED
+               ) AS h
     ), stored AS (
         UPDATE farebox.holds AS h
-           SET mark = _usages[free.n * 7 - 6 : free.n * 7]
-          FROM free
-         WHERE h.id = free.id
+           SET mark = _usages[l.n * 7 - 6 : l.n * 7]
+          FROM locked l
+         WHERE h.id = l.id AND l.worker_id = _worker_id AND l.state = 'open'
         RETURNING h.id
     )
     SELECT coalesce(array_agg(s.id), '{}') INTO marked FROM stored s;
