@@ -106,11 +106,13 @@ async def test_none_before_the_head(customer: Customer, upstream: ScriptedUpstre
         assert (answer.status_code, await answer.aread()) == (400, b'{"error": {"message": "no"}}')
 
 
+@pytest.mark.parametrize("events", [EVENTS, [*EVENTS[:3], DONE]], ids=["reported", "unreported"])
 async def test_none_behind_the_end(
-    customer: Customer, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+    customer: Customer, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, events: list[bytes]
 ) -> None:
+    """The upstream stays open for a while; without a report, one may still come."""
     monkeypatch.setattr("proxy.gateway.relay.TAIL_SECONDS", SECONDS * 6)
-    upstream.will(SSE, *map(Chunk, EVENTS), Sleep(30))
+    upstream.will(SSE, *map(Chunk, events), Sleep(30))
     assert await read(customer) == (b"".join(SEEN), True)
 
 

@@ -177,9 +177,11 @@ async def test_a_lost_lease_closes_what_is_open_and_admits_nothing(
     assert await ended(proxy, customer) == (PROMPT + (1 + 1) * 3000, "counted", "lease_lapsed")
 
 
+@pytest.mark.parametrize("model", ["drained", "m"])
 async def test_a_client_that_does_not_read_counts_as_gone(
-    database: Database, tmp_path: Path, upstream: ScriptedUpstream
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream, model: str
 ) -> None:
+    """And what becomes of its answer is what becomes of any whose client leaves."""
     steps: list[Step] = [SSE, *(Chunk(chunk("x" * 60_000)) for _ in range(400))]
     upstream.will(*steps, Chunk(chunk(finish="stop")), Chunk(usage_chunk(10, 5)), Chunk(DONE), Send(b"0\r\n\r\n"))
     async with running_proxy(database, tmp_path, upstream.base_url, send_seconds=0.4) as proxy:
@@ -187,11 +189,16 @@ async def test_a_client_that_does_not_read_counts_as_gone(
         host, port = proxy.base_url.removeprefix("http://").removesuffix("/v1").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        body = json.dumps(customer.body(stream=True, model="drained")).encode()
+        body = json.dumps(customer.body(stream=True, model=model)).encode()
         lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {customer.key}\r\n"
         writer.write(lines.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
         [hold] = await customer.ended()
-        assert (hold["charge"], hold["ending"]) == (REPORTED, "client_left")
+        if model == "drained":
+            assert (hold["charge"], hold["ending"]) == (REPORTED, "client_left")
+        else:
+            assert (hold["usage_source"], hold["ending"]) == ("counted", "client_left_cut")
+            await asyncio.wait_for(upstream.requests[-1].closed.wait(), 2)
+            assert not upstream.requests[-1].finished
         # Its connection was reset: closed politely, it would keep what is buffered for it until it reads.
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         with pytest.raises(ConnectionResetError):
