@@ -6,6 +6,7 @@ import typer
 
 from proxy.cli import accounts, book, credits, journal, keys, pricing
 from proxy.cli.audit import audit
+from proxy.cli.backup import backup, restore
 from proxy.cli.demo import demo
 from proxy.cli.migrate import migrate
 from proxy.cli.serve import serve
@@ -31,6 +32,8 @@ app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")
 app.command()(audit)
+app.command()(backup)
+app.command()(restore)
 app.add_typer(journal.app, name="journal")
 
 

@@ -15,7 +15,7 @@ from proxy.ledger.audit import SealHead
 from proxy.ledger.connect import Connection
 from proxy.ledger.errors import InvalidValue
 
-__all__ = ["audit"]
+__all__ = ["audit", "head_view", "report"]
 
 PURPOSE = "farebox audit"
 
@@ -43,7 +43,7 @@ def audit(
         if seals:
             heads = ask_control(audits.seal_heads, database_url, purpose=PURPOSE)
             out.show_table(
-                {"object": "list", "data": [_head_view(head) for head in heads]},
+                {"object": "list", "data": [head_view(head) for head in heads]},
                 ("account", "number", "version", "head"),
                 right=("number", "version"),
                 empty="Nothing is sealed yet.",
@@ -55,7 +55,7 @@ def audit(
             database_url,
             purpose=PURPOSE,
         )
-        _report(out, checks)
+        report(out, checks)
 
 
 async def _since_last(connection: Connection) -> list[audits.Check]:
@@ -94,7 +94,8 @@ _WHOLE = frozenset(
 """Checks that look at every account, open hold or guard each time."""
 
 
-def _report(out: Output, checks: list[audits.Check]) -> None:
+def report(out: Output, checks: list[audits.Check]) -> None:
+    """Show the checks; ends the command with 1 if any fails."""
     ok = all(check.ok for check in checks)
     rows = [
         {
@@ -118,7 +119,8 @@ def _kept(path: Path) -> list[SealHead]:
         raise CommandFailed(f"{path} doesn't hold what `farebox audit --seals --json` writes: {error}") from error
 
 
-def _head_view(head: SealHead) -> View:
+def head_view(head: SealHead) -> View:
+    """A seal's head as it is kept elsewhere."""
     return {
         "object": "seal",
         "account": str(head.account_id),

@@ -19,7 +19,15 @@ from proxy.ledger.connect import Connection, Pool, Role, connect, translated
 from proxy.ledger.errors import MissingRole, SchemaMismatch
 from proxy.ledger.reports import SQL
 
-__all__ = ["Migration", "SchemaState", "create_roles_sql", "known_migrations", "migrate", "schema_state"]
+__all__ = [
+    "Migration",
+    "SchemaState",
+    "create_roles_sql",
+    "ensure_roles",
+    "known_migrations",
+    "migrate",
+    "schema_state",
+]
 
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql\Z")
 _SERVES_FROM = re.compile(r"^-- serves code from: (\d+)$", re.MULTILINE)
@@ -109,6 +117,15 @@ async def migrate(dsn: str, *, grant_to: str | None = None, roles: Sequence[Role
         if grant_to is not None:
             await _grant_roles(connection, grant_to, roles)
         return applied
+    finally:
+        await connection.close()
+
+
+async def ensure_roles(dsn: str) -> None:
+    """Make the group roles that aren't there, as ``migrate`` does. Raises MissingRole, LedgerUnavailable."""
+    connection = await connect(dsn)
+    try:
+        await _ensure_roles(connection)
     finally:
         await connection.close()
 
