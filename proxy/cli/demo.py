@@ -104,7 +104,7 @@ def _run(asked: _Demo, listener: socket, catalog: Catalog) -> None:
 
 async def _serve(asked: _Demo, access: Access, listener: socket, catalog: Catalog) -> None:
     settings = access.settings
-    await require_schema(access.login, Role.GATEWAY)
+    await require_schema(access.login_of("gateway"), Role.GATEWAY)
     stop = Stop(with_parent=asked.with_parent)
     with stop.on_signals():
         async with AsyncExitStack() as stack:
@@ -133,7 +133,7 @@ def _as_it_is(catalog: Catalog) -> Catalog:
 
 
 async def _key(access: Access) -> DemoKey:
-    pool = await create_pool(access.login, Role.CONTROL, size=1)
+    pool = await create_pool(access.login_of("control"), Role.CONTROL, size=1)
     try:
         operations = Operations(ControlLedger(pool), access.settings.peppers())
         return await demo_key(operations, StateDirectory(access.settings.state_dir))
