@@ -7,6 +7,7 @@ lost with none of them (with a socket each, SO_REUSEPORT, a worker's end resets 
   can't start, the restart is given up: the others stay as they are. Asked again meanwhile, it is done once more.
 - A worker that died is replaced: at once the first time, then after growing pauses.
 - A stop is for all of them, and ends whatever else was going on.
+- While none serves, the supervisor answers in their stead that it is so (standin.py).
 - Should the supervisor itself be killed, the workers see the line to it end, and stop by themselves.
 """
 
@@ -21,6 +22,7 @@ import structlog
 
 from proxy.local.line import Briefing, Order
 from proxy.local.serving import Stop
+from proxy.local.standin import StandIn
 from proxy.local.state import LocalError
 from proxy.local.worker import Life, Worker, WorkerFailed, exit_words
 from proxy.local.workers_metrics import WorkersMetrics
@@ -43,6 +45,10 @@ class SupervisorLimits:
     pause_min: float = 0.5
     pause_max: float = 30.0
     """Between two attempts to replace a worker; doubled from one to the other."""
+    nobody: float = 3.0
+    """How long requests wait for a worker, where none serves, before they are told so: most start in less."""
+    look: float = 0.25
+    """Between two looks whether any serves."""
 
 
 @dataclass(slots=True)
@@ -84,6 +90,7 @@ class Supervisor:
         self._restart = asyncio.Event()
         self._changed = asyncio.Event()
         self._stopping = False
+        self._stand_in = StandIn(listener)
 
     async def run(self, stop: Stop, *, on_ready: Callable[[], None], failed: Callable[[], str | None]) -> None:
         """Serve until it is time to stop. ``on_ready`` is called once, when every worker serves.
@@ -101,12 +108,14 @@ class Supervisor:
                 await starting
                 on_ready()
                 self._own(self._restart_when_asked())
+                self._own(self._stand_in_when_needed())
             await stopped
         finally:
             for task in (stopped, starting):
                 task.cancel()
             await asyncio.gather(stopped, starting, return_exceptions=True)
             ending = await self._stop_all()
+            await self._stand_in.close()
         _require_good_ends(ending)
 
     def restart_soon(self) -> None:
@@ -186,6 +195,18 @@ class Supervisor:
                 await slot.impatient.wait()
         except TimeoutError:
             return
+
+    async def _stand_in_when_needed(self) -> None:
+        """Answer while no worker does, but for the moment that it takes to replace the only one."""
+        while True:
+            await asyncio.sleep(self._limits.look)
+            if any(slot.worker is not None for slot in self._slots):
+                self._stand_in.end()
+            elif not self._stand_in.answers:
+                await asyncio.sleep(self._limits.nobody)
+                if all(slot.worker is None for slot in self._slots):
+                    log.error("no worker serves: requests are answered with 503")
+                    await self._stand_in.begin()
 
     # Restarting
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -69,8 +70,9 @@ class Script:
 class Running:
     """A supervisor at work."""
 
-    def __init__(self, supervisor: Supervisor, stop: Stop, metrics: WorkersMetrics) -> None:
+    def __init__(self, supervisor: Supervisor, stop: Stop, metrics: WorkersMetrics, port: int) -> None:
         self.supervisor = supervisor
+        self.port = port
         self.stop = stop
         self._metrics = metrics
         self.ended: asyncio.Task[None]
@@ -96,7 +98,7 @@ async def supervising(
     metrics, ready = WorkersMetrics(), asyncio.Event()
     with listen("127.0.0.1", 0) as listener:
         supervisor = Supervisor(command, listener, script, count=count, metrics=metrics, limits=limits)
-        running = Running(supervisor, Stop(), metrics)
+        running = Running(supervisor, Stop(), metrics, listener.getsockname()[1])
         running.ended = asyncio.create_task(supervisor.run(running.stop, on_ready=ready.set, failed=failed))
         waiting = asyncio.create_task(ready.wait())
         await asyncio.wait({running.ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -251,6 +253,37 @@ async def test_a_restart_tries_at_once_what_waits_for_its_next_attempt() -> None
         await running.until(lambda: running.number("farebox_worker_start_failures_total") == 1)
         running.supervisor.restart_soon()
         await running.until(lambda: len(running.pids()) == 2)
+
+
+async def test_while_no_worker_serves_the_supervisor_says_so() -> None:
+    limits = SupervisorLimits(start=20, stop=20, steady=60, pause_min=1000, pause_max=1000, nobody=0.1, look=0.05)
+    script = Script({}, {"fail": "the database is away"}, {})
+    async with supervising(script, count=1, limits=limits) as running:
+        os.kill(running.pids()[0], signal.SIGKILL)
+        await running.until(lambda: running.number("farebox_worker_start_failures_total") == 1)
+        for body in (b"", b"x" * 3_000_000):
+            head, answer = await asyncio.wait_for(asked(running.port, body), 20)
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nretry-after: 5\r\n" in head
+            assert json.loads(answer)["error"]["code"] == "no_worker"
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"no request at all" * 10_000 + b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+        # Once there is a worker, the connections are its own.
+        running.supervisor.restart_soon()
+        await running.until(lambda: len(running.pids()) == 1 and not running.supervisor._stand_in.answers)
+
+
+async def asked(port: int, body: bytes) -> tuple[bytes, bytes]:
+    """What is answered: head and body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+    writer.write(body)
+    head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return head, answer
 
 
 async def test_a_worker_that_doesnt_stop_is_killed_and_that_is_said() -> None:
