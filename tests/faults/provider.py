@@ -6,7 +6,7 @@ is counted how often it was asked for.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tests.fakes.upstream import (
     DONE,
@@ -53,7 +53,6 @@ class Served:
     requests: int = 0
     words: int = 0
     finished: bool = False
-    received: list[Received] = field(default_factory=list)
 
 
 class Provider:
@@ -71,6 +70,12 @@ class Provider:
 
     def answer(self, name: str) -> Answer:
         return self._answers[name]
+
+    def forget(self) -> None:
+        """Everything that was ordered and sent."""
+        self.served.clear()
+        self._answers.clear()
+        self.upstream.requests.clear()
 
     def of(self, name: str) -> Served:
         """What the call of this name was sent; nothing, perhaps."""

@@ -139,6 +139,13 @@ class Scene:
         self.deaths[process.pid] = time.monotonic()
         return status
 
+    def forget(self) -> None:
+        """What was done so far has been judged: the next customers are others."""
+        self.calls.clear()
+        self.customers.clear()
+        self.served_by.clear()
+        self.provider.forget()
+
     async def holds(self, customer: Customer | None = None) -> list[dict[str, Any]]:
         """A customer's holds (or all there are), with the cap that tells whose call it is (None: nobody knows)."""
         rows = await self.sql.fetch(

@@ -72,7 +72,7 @@ DAMAGE = (
     ("UPDATE farebox.holds SET charge = charge + 1", "UPDATE farebox.holds SET charge = charge - 1", "audit"),
     ("UPDATE farebox.accounts SET balance = balance - 1", "UPDATE farebox.accounts SET balance = balance + 1", "grant"),
     ("UPDATE farebox.accounts SET held = held + 1", "UPDATE farebox.accounts SET held = held - 1", "holds 1"),
-    (*ELSEWHERE, "belong to no call"),
+    (*ELSEWHERE, "no call has made"),
     (*ELSEWHERE, "never held"),
     ("UPDATE farebox.holds SET state = 'open', charge = NULL, ended_at = NULL", "SELECT 1", "still held"),
 )
@@ -100,13 +100,14 @@ async def test_the_judge_acquits_what_is_right_and_sees_each_damage(database: Da
 @pytest.mark.parametrize(
     ("charge", "words", "period", "wrong"),
     [
-        (counted(5), 5, 1.0, False),
-        (counted(5) + 1, 5, 1.0, True),
-        (reported(5), 5, 1.0, False),
-        (reported(3), 5, 2.0, False),
-        (reported(2), 5, 2.0, True),
-        (0, 5, 2.0, True),
-        (0, 5, 10.0, False),
+        (counted(9), 9, 1.0, False),
+        (counted(9) + 1, 9, 1.0, True),
+        (reported(9), 9, 1.0, False),
+        # Of nine words seven came in time, of which a mark may leave out four.
+        (reported(3), 9, 2.0, False),
+        (reported(2), 9, 2.0, True),
+        (0, 9, 2.0, True),
+        (0, 9, 10.0, False),
         (1, 0, 1.0, True),
     ],
 )
@@ -115,5 +116,5 @@ def test_the_judge_bounds_what_a_killed_call_costs(charge: int, words: int, peri
     call = Call("x", uuid4(), 200, words=[float(second) for second in range(words)])
     hold = dict.fromkeys(("id", "state", "ending", "usage", "usage_source", "mark", "capped")) | {"charge": charge}
     verdict = Verdict()
-    disturbed(verdict, call, hold, died=words - 1.0, period=period)
+    disturbed(verdict, call, hold, died=words - 1.0, sent=words, period=period)
     assert bool(verdict.wrongs) is wrong
