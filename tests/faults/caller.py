@@ -28,6 +28,8 @@ class Call:
     account_id: UUID
     cap: int
     stream: bool = True
+    word: str | None = None
+    """Its Idempotency-Key. Said again after a crash, such a call may have a second hold."""
     began: float = 0.0
     outcome: Outcome = "running"
     status: int | None = None
@@ -70,6 +72,8 @@ async def make_call(
     """Make the call, and read its answer to whatever end it has. ``leave_after``: hang up after so many words."""
     body = BODY | {"max_tokens": call.cap, "stream": call.stream}
     headers = {"authorization": f"Bearer {key}", "x-client-request-id": call.name}
+    if call.word is not None:
+        headers["idempotency-key"] = call.word
     call.began = time.monotonic()
     try:
         async with http.stream(

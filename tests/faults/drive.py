@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.faults.provider import Answer
 from tests.faults.scene import LEASE_SECONDS, Customer, Scene
 
 __all__ = ["die_and_recover"]
+
+TRUE_UP_SECONDS_MAX = 20.0
 
 
 async def die_and_recover(scene: Scene, point: Point) -> list[str]:
@@ -37,11 +40,15 @@ async def die_and_recover(scene: Scene, point: Point) -> list[str]:
     if after.outcome != "whole":
         wrongs.append(f"after {point.label} a call is {after.outcome} ({after.status}, {after.code})")
     await scene.settled(customer)
+    if call is not None:
+        wrongs += await _come_to_its_charge(scene, point, customer, call)
+    if call is not None and call.word is not None:
+        wrongs += await _said_again(scene, point, again, customer, call)
     again.signal(signal.SIGTERM)
     if (status := await again.ended()) != 0:
         wrongs.append(f"the process that came after {point.label} ended with {status}: {again.errors[-1000:]}")
     wrongs += [f"after {point.label}: {wrong}" for wrong in await audited(scene)]
-    return wrongs if call is None else wrongs + _owed(scene, point, call, await scene.holds(customer))
+    return wrongs
 
 
 async def _reached(scene: Scene, point: Point, doomed: Process) -> list[str]:
@@ -55,17 +62,35 @@ async def _reached(scene: Scene, point: Point, doomed: Process) -> list[str]:
     return []
 
 
-def _owed(scene: Scene, point: Point, call: Call, holds: list[dict[str, Any]]) -> list[str]:
-    charge = sum(hold["charge"] for hold in holds if hold["cap"] == call.cap)
+async def _come_to_its_charge(scene: Scene, point: Point, customer: Customer, call: Call) -> list[str]:
+    """What the call owes by its point. A provisional charge may have to wait for the journal's true-up."""
     answer = scene.provider.answer(call.name)
     all_of_it = reported(answer.words) if answer.reports else counted(answer.words)
-    kept = {
-        Owes.NOTHING: charge == 0,
-        Owes.MARK: charge <= all_of_it,
-        Owes.ALL: charge == all_of_it,
-        Owes.MARK_OR_ALL: charge <= all_of_it,
-    }
-    return [] if kept[point.owes] else [f"{point.label} owes {point.owes.value} of {all_of_it}: {charge}"]
+    least = all_of_it if point.owes is Owes.ALL else 0
+    most = 0 if point.owes is Owes.NOTHING else all_of_it
+    deadline = time.monotonic() + TRUE_UP_SECONDS_MAX
+    while True:
+        charge = sum(hold["charge"] for hold in await scene.holds(customer) if hold["cap"] == call.cap)
+        if least <= charge <= most:
+            return []
+        if time.monotonic() > deadline:
+            return [f"{point.label} owes {point.owes.value} of {all_of_it}: {charge}"]
+        await asyncio.sleep(0.1)
+
+
+async def _said_again(scene: Scene, point: Point, process: Process, customer: Customer, call: Call) -> list[str]:
+    """The same call under the same word: carried out if the first wasn't charged, refused for good if it was."""
+    holds = [hold for hold in await scene.holds(customer) if hold["cap"] == call.cap]
+    spent = sum(hold["charge"] for hold in holds)
+    again = Call(call.name, call.account_id, call.cap, call.stream, call.word)
+    await scene.make(process, customer, again)
+    # The judge takes the one that was answered for the call.
+    if spent:
+        refused = again.status == 409 and again.code == "idempotency_key_used"
+        return [] if refused else [f"{point.label}: charged {spent}, and said again it is {again.status} {again.code}"]
+    scene.calls[scene.calls.index(call)] = again
+    await scene.settled(customer)
+    return [] if again.outcome == "whole" else [f"{point.label}: said again it is {again.outcome} {again.status}"]
 
 
 # Scenes of a server. Each gives the process that is to die and the call that it dies on.
@@ -73,11 +98,10 @@ def _owed(scene: Scene, point: Point, call: Call, holds: list[dict[str, Any]]) -
 Driven = tuple[Process, Call | None]
 
 
-def _answered(answer: Answer, *, stream: bool = True, leave_after: int | None = None) -> "Drive":
+def _answered(answer: Answer, **how: Any) -> "Drive":
     async def drive(scene: Scene, point: Point, customer: Customer) -> Driven:
         doomed = await scene.worker(point.label, at=point.label)
-        call = await scene.call(doomed, customer, answer, stream=stream, leave_after=leave_after)
-        return doomed, call
+        return doomed, await scene.call(doomed, customer, answer, **how)
 
     return drive
 
@@ -99,6 +123,35 @@ async def _sweep(scene: Scene, point: Point, customer: Customer) -> Driven:
     await scene.kill(victim)
     await asyncio.sleep(LEASE_SECONDS + 0.2)
     return await scene.worker(point.label, at=point.label), call
+
+
+async def _stopped(scene: Scene, point: Point, customer: Customer) -> Driven:
+    """Told to stop after a call: what was left for later is done then."""
+    doomed, call = await _answered(Answer(words=15))(scene, point, customer)
+    doomed.signal(signal.SIGTERM)
+    return doomed, call
+
+
+async def _takeover(scene: Scene, point: Point, customer: Customer) -> Driven:
+    """Another has died with a charge in its journal; the one in its place is to die of it, too."""
+    call = await _left_in_journal(scene, point, customer)
+    return await scene.worker(point.label, at=point.label), call
+
+
+async def _true_up(scene: Scene, point: Point, customer: Customer) -> Driven:
+    """The same, and a process of another directory has swept the hold meanwhile."""
+    call = await _left_in_journal(scene, point, customer)
+    sweeper = await scene.worker(f"{point.label}.sweeper")
+    await scene.settled(customer)
+    await scene.kill(sweeper)
+    return await scene.worker(point.label, at=point.label), call
+
+
+async def _left_in_journal(scene: Scene, point: Point, customer: Customer) -> Call:
+    victim = await scene.worker(point.label, at="journal.synced")
+    call = await scene.call(victim, customer, Answer(words=15))
+    assert await scene.died(victim) == -signal.SIGKILL
+    return call
 
 
 async def _under_way(scene: Scene, process: Process, customer: Customer) -> Call:
@@ -123,7 +176,11 @@ _SCENES: Mapping[str, Drive] = {
     "refused": _answered(Answer(status=503)),
     "start": _start,
     "stop": _stop,
+    "stopped": _stopped,
     "sweep": _sweep,
+    "takeover": _takeover,
+    "true_up": _true_up,
+    "word": _answered(Answer(words=15), word="once"),
 }
 
 

@@ -24,7 +24,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,13 +90,7 @@ def find(target: str) -> tuple[Any, str]:
 def hurry(factor: float) -> None:
     """Divide every time that leases and sweeps are made of."""
     usual = composition.Timing()
-    shorter = replace(
-        usual,
-        lease_seconds=usual.lease_seconds / factor,
-        renew_seconds=usual.renew_seconds / factor,
-        sweep_seconds=usual.sweep_seconds / factor,
-        settled_seconds=usual.settled_seconds / factor,
-    )
+    shorter = replace(usual, **{field.name: getattr(usual, field.name) / factor for field in fields(usual)})
     # What the composition root makes where it is given none.
     composition.Timing = lambda: shorter  # type: ignore[assignment,misc]
 
@@ -162,13 +156,13 @@ def _in_flight(original: Callable[..., Any], fuse: Fuse) -> Callable[..., Any]:
 
 
 def _half(original: Callable[..., Any], fuse: Fuse) -> Callable[..., Any]:
-    """Dies with the first half of the bytes written: ``original`` is ``os.write`` or takes what it takes."""
+    """Dies with the first half of the bytes written: ``original`` takes a file, bytes, and their place in it."""
 
     @functools.wraps(original)
-    def dying(descriptor: int, data: bytes, *more: Any) -> Any:
-        if not fuse.is_it(Seen((descriptor, data), {})):
-            return original(descriptor, data, *more)
-        os.write(descriptor, bytes(data)[: len(data) // 2])
+    def dying(file: Any, data: bytes, *more: Any) -> Any:
+        if not fuse.is_it(Seen((file, data, *more), {})):
+            return original(file, data, *more)
+        original(file, bytes(data)[: len(data) // 2], *more)
         return fuse.burn()
 
     return dying

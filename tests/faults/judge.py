@@ -128,8 +128,9 @@ async def _totals(scene: Scene, verdict: Verdict) -> None:
 
 def _call(scene: Scene, verdict: Verdict, call: Call, holds: list[dict[str, Any]]) -> None:
     served = scene.provider.of(call.name)
-    if len(holds) > 1:
-        verdict.wrong(f"{call.name} has {len(holds)} holds")
+    charged = [hold for hold in holds if hold["charge"]]
+    if len(holds) > 1 and (call.word is None or len(charged) > 1):
+        verdict.wrong(f"{call.name} has {len(holds)} holds, {len(charged)} of them charged")
     if served.requests > len(holds):
         verdict.wrong(f"{call.name} went to the upstream {served.requests} times, with {len(holds)} holds")
     if len(call.words) > served.words:
@@ -138,10 +139,10 @@ def _call(scene: Scene, verdict: Verdict, call: Call, holds: list[dict[str, Any]
         if call.status == 200:
             verdict.wrong(f"{call.name} was answered and never held")
         return
-    [hold] = holds
-    if hold["state"] == "open":
-        verdict.wrong(f"{call.name} is still held: {_told(hold)}")
+    if still := [hold for hold in holds if hold["state"] == "open"]:
+        verdict.wrong(f"{call.name} is still held: {_told(still[0])}")
         return
+    hold = (charged or holds)[0]
     died = scene.deaths.get(scene.served_by[call.name].pid, math.inf)
     if call.began <= died <= call.ended + SETTLING_SECONDS:
         verdict.disturbed += 1

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from proxy.ledger.journal_files import OPEN
+from proxy.ledger.journal_records import DONE, MAGIC, ROW
+
 __all__ = ["POINTS", "SCENES", "Moment", "Owes", "Point", "Seen"]
 
 
@@ -36,8 +39,6 @@ class Owes(Enum):
     """Something between its last progress mark and what was delivered."""
     ALL = "all"
     """Exactly what an undisturbed call costs."""
-    MARK_OR_ALL = "mark or all"
-    """The dying statement may have charged it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,27 @@ def _has_left(seen: Seen) -> bool:
     return seen.args[0]._exchange.left_at is not None
 
 
+def _has_marks(seen: Seen) -> bool:
+    return bool(seen.args[2])
+
+
+def _holds_row(seen: Seen) -> bool:
+    return MAGIC + ROW in bytes(seen.args[1])
+
+
+def _holds_mark(seen: Seen) -> bool:
+    return MAGIC + DONE in bytes(seen.args[1])
+
+
+def _may_hold_rows(seen: Seen) -> bool:
+    """Not the sync of a file that is being made."""
+    return bool(seen.args[0].path.suffix == OPEN)
+
+
+def _has_rows(seen: Seen) -> bool:
+    return bool(seen.result.rows)
+
+
 def _makes_tables(seen: Seen) -> bool:
     return "CREATE TABLE farebox.accounts" in seen.args[1]
 
@@ -112,6 +134,10 @@ _RELEASED = frozenset({"released"})
 _PROVISIONAL = frozenset({"provisional"})
 _OPENING = frozenset({None, "open"})
 _CLOSING = frozenset({"open", "final"})
+
+_WRITE = "proxy.ledger.journal_files:JournalFile.write_at"
+_SYNC = "proxy.ledger.journal_files:JournalFile.sync"
+_CLAIM = "proxy.ledger.idempotency:IdempotencyLedger.claim"
 
 _B, _A, _U, _F = Moment.BEFORE, Moment.AFTER, Moment.UNDER_WAY, Moment.IN_FLIGHT
 
@@ -147,11 +173,41 @@ _ALL = (
     Point("finalize.priced", "stream", "proxy.gateway.settle:find_due", _A, _OPEN, Owes.MARK),
     Point("finalize.counted", "unreported", "proxy.gateway.settle:find_due", _A, _OPEN, Owes.MARK),
     Point("finalize.described", "stream", "proxy.gateway.settle:finalize_row", _A, _OPEN, Owes.MARK),
-    Point("finalize.queued", "stream", "proxy.ledger.batch:BatchedLedger.finalize", _A, _OPEN, Owes.MARK),
-    Point("finalize.unsent", "stream", _BATCH, _B, _OPEN, Owes.MARK, when=_finalizes),
-    Point("finalize.in_flight", "stream", _BATCH, _F, _CLOSING, Owes.MARK_OR_ALL, when=_finalizes),
+    Point("finalize.queued", "stream", "proxy.ledger.batch:BatchedLedger.finalize", _A, _OPEN, Owes.ALL),
+    Point("finalize.unsent", "stream", _BATCH, _B, _OPEN, Owes.ALL, when=_finalizes),
+    Point("finalize.in_flight", "stream", _BATCH, _F, _CLOSING, Owes.ALL, when=_finalizes),
     Point("finalize.committed", "stream", _BATCH, _A, _FINAL, Owes.ALL, when=_finalizes),
     Point("finalize.answered", "stream", "proxy.gateway.settle:Settler._charge", _A, _FINAL, Owes.ALL),
+    # It is on this machine's disk before the database hears of it, and what was written outlives its process.
+    Point("journal.taken", "stream", "proxy.ledger.journal:Journal.write", _A, _OPEN, Owes.MARK),
+    Point("journal.half_written", "stream", _WRITE, Moment.HALF, _OPEN, Owes.MARK, when=_holds_row),
+    Point("journal.written", "stream", _WRITE, _A, _OPEN, Owes.ALL, when=_holds_row),
+    Point("journal.unsynced", "stream", _SYNC, _B, _OPEN, Owes.ALL, when=_may_hold_rows),
+    Point("journal.synced", "stream", _SYNC, _A, _OPEN, Owes.ALL, when=_may_hold_rows),
+    Point("journal.durable", "stream", "proxy.ledger.journal:Journal._durable", _B, _OPEN, Owes.ALL),
+    Point("journal.done", "stream", "proxy.ledger.journal:Journal.done", _A, _FINAL, Owes.ALL),
+    Point("journal.half_marked", "stopped", _WRITE, Moment.HALF, _FINAL, Owes.ALL, when=_holds_mark),
+    Point("journal.made", "start", "proxy.ledger.journal_files:JournalFile.rename_to", _B),
+    Point("journal.named", "start", "proxy.ledger.journal_files:JournalFile.rename_to", _A),
+    # Another process finds what the dead one had written.
+    Point("takeover.read", "takeover", "proxy.ledger.takeover:read_journal", _A, _OPEN, Owes.ALL, when=_has_rows),
+    Point("takeover.unsent", "takeover", _BATCH, _B, _OPEN, Owes.ALL, when=_finalizes),
+    Point("takeover.in_flight", "takeover", _BATCH, _F, _CLOSING, Owes.ALL, when=_finalizes),
+    Point("takeover.committed", "takeover", _BATCH, _A, _FINAL, Owes.ALL, when=_finalizes),
+    Point("takeover.half_marked", "takeover", _WRITE, Moment.HALF, _FINAL, Owes.ALL, when=_holds_mark),
+    Point("takeover.marked", "takeover", "proxy.ledger.journal_files:JournalFile.rename", _B, _FINAL, Owes.ALL),
+    Point("takeover.renamed", "takeover", "proxy.ledger.journal_files:JournalFile.rename", _A, _FINAL, Owes.ALL),
+    # It finds it after a sweeper has settled the hold at its mark.
+    Point("true_up.unsent", "true_up", _BATCH, _B, _PROVISIONAL, Owes.ALL, when=_finalizes),
+    Point("true_up.in_flight", "true_up", _BATCH, _F, _PROVISIONAL | _FINAL, Owes.ALL, when=_finalizes),
+    Point("true_up.committed", "true_up", _BATCH, _A, _FINAL, Owes.ALL, when=_finalizes),
+    # A call under a word of its client's own, which is said again when all is over.
+    Point("word.unclaimed", "word", _CLAIM, _B),
+    Point("word.in_flight", "word", _CLAIM, _F),
+    Point("word.claimed", "word", _CLAIM, _A),
+    Point("word.held", "word", _BATCH, _A, _OPEN, when=_reserves),
+    Point("word.midway", "word", _PASS_ON, _A, _OPEN, Owes.MARK, nth=8),
+    Point("word.charged", "word", _BATCH, _A, _FINAL, Owes.ALL, when=_finalizes),
     # A call that costs nothing is given back.
     Point("release.queued", "refused", "proxy.ledger.batch:BatchedLedger.release", _A, _OPEN),
     Point("release.unsent", "refused", _BATCH, _B, _OPEN, when=_releases),
@@ -159,9 +215,9 @@ _ALL = (
     Point("release.committed", "refused", _BATCH, _A, _RELEASED, when=_releases),
     Point("release.answered", "refused", "proxy.gateway.settle:Settler._release", _A, _RELEASED),
     # The worker's lease, and its progress.
-    Point("heartbeat.unsent", "long", _BEAT, _B, _OPEN, Owes.MARK, nth=2),
-    Point("heartbeat.in_flight", "long", _BEAT, _F, _OPEN, Owes.MARK, nth=3),
-    Point("heartbeat.committed", "long", _BEAT, _A, _OPEN, Owes.MARK, nth=3),
+    Point("heartbeat.unsent", "long", _BEAT, _B, _OPEN, Owes.MARK, when=_has_marks),
+    Point("heartbeat.in_flight", "long", _BEAT, _F, _OPEN, Owes.MARK, when=_has_marks),
+    Point("heartbeat.committed", "long", _BEAT, _A, _OPEN, Owes.MARK, when=_has_marks),
     Point("start.prices_in_flight", "start", _PRICES, _F),
     Point("start.prices_kept", "start", _PRICES, _A),
     Point("start.registering", "start", _START, _F),

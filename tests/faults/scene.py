@@ -68,6 +68,7 @@ class Scene:
     sql: "asyncpg.Pool[asyncpg.Record]"
     factor: float = FACTOR
     customers: list[Customer] = field(default_factory=list)
+    planned: int = 0
     calls: list[Call] = field(default_factory=list)
     workers: dict[str, Process] = field(default_factory=dict)
     served_by: dict[str, Process] = field(default_factory=dict)
@@ -109,11 +110,12 @@ class Scene:
             name, arguments, directory=self.directory, environment=environment, factor=self.factor, at=at
         )
 
-    def plan(self, customer: Customer, answer: Answer, *, stream: bool = True) -> Call:
+    def plan(self, customer: Customer, answer: Answer, *, stream: bool = True, word: str | None = None) -> Call:
         """A call that will be answered so, not made yet."""
-        name = f"{self.directory.name}-{len(self.calls)}"
+        self.planned += 1
+        name = f"{self.directory}-{self.planned}"
         self.provider.will(name, answer)
-        call = Call(name, customer.id, next(customer.caps), stream)
+        call = Call(name, customer.id, next(customer.caps), stream, word)
         self.calls.append(call)
         return call
 
@@ -123,10 +125,17 @@ class Scene:
         return await make_call(self.http, await process.url(), customer.key, call, **how)
 
     async def call(
-        self, process: Process, customer: Customer, answer: Answer, *, stream: bool = True, **how: Any
+        self,
+        process: Process,
+        customer: Customer,
+        answer: Answer,
+        *,
+        stream: bool = True,
+        word: str | None = None,
+        **how: Any,
     ) -> Call:
         """Plan a call and make it."""
-        return await self.make(process, customer, self.plan(customer, answer, stream=stream), **how)
+        return await self.make(process, customer, self.plan(customer, answer, stream=stream, word=word), **how)
 
     async def kill(self, process: Process) -> None:
         """kill -9."""
