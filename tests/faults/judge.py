@@ -152,9 +152,18 @@ def _call(scene: Scene, verdict: Verdict, call: Call, holds: list[dict[str, Any]
 
 
 def disturbed(
-    verdict: Verdict, call: Call, hold: Mapping[str, Any], *, died: float, sent: int, period: float = PROGRESS_SECONDS
+    verdict: Verdict,
+    call: Call,
+    hold: Mapping[str, Any],
+    *,
+    died: float,
+    sent: int = 0,
+    period: float = PROGRESS_SECONDS,
 ) -> None:
-    """Its worker died on it: never above what was delivered, and not below what a progress mark could know."""
+    """Its worker died on it: never above what was delivered, and not below what a progress mark could know.
+
+    ``sent``: the words that the upstream has sent, for a caller that left before they came.
+    """
     delivered = counted(len(call.words))
     # Who hangs up pays for what the upstream goes on to say, as the route's policy has it; for the prompt at least.
     most = max(counted(sent), PROMPT_TOKENS * INPUT_RATE) if call.outcome == "left" else delivered

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,15 +64,16 @@ class Process:
 
     async def url(self) -> str:
         """Where `farebox serve` serves, once it does. Raises AssertionError where it ended instead."""
-        async with asyncio.timeout(READY_SECONDS_MAX):
-            while self.alive:
-                if "\n" in (said := self.output):
-                    ready = json.loads(said.splitlines()[0])
-                    assert "base_url" in ready, f"{self.name}: {said} {self.errors[-2000:]}"
-                    found: str = ready["base_url"]
-                    return found
-                await asyncio.sleep(0.02)
-        raise AssertionError(f"{self.name} ended with {self.status.result()}: {self.errors[-2000:]}")
+        deadline = time.monotonic() + READY_SECONDS_MAX
+        while self.alive and time.monotonic() < deadline:
+            if "\n" in (said := self.output):
+                ready = json.loads(said.splitlines()[0])
+                assert "base_url" in ready, f"{self.name}: {said} {self.errors[-2000:]}"
+                found: str = ready["base_url"]
+                return found
+            await asyncio.sleep(0.02)
+        ended = f"ended with {self.status.result()}" if self.status.done() else "isn't ready"
+        raise AssertionError(f"{self.name} {ended}: {self.errors[-2000:]}")
 
     def _read(self, suffix: str) -> str:
         path = self.directory / f"{self.name}.{suffix}"

@@ -74,7 +74,8 @@ async def test_dying_there_costs_nobody_a_credit(
             scenes.append(await stack.enter_async_context(opened))
         pairs = zip(scenes, ledgers, strict=True)
         wrongs = await asyncio.gather(*(die(scene, point) for scene, those in pairs for point in those))
-        assert [wrong for found in wrongs for wrong in found] == []
+        text = "\n".join(wrong for found in wrongs for wrong in found)
+        assert not text, text
         for scene in scenes:
             verdict = await judge(scene)
             assert verdict.wrongs == []
