@@ -71,3 +71,10 @@ def test_every_admin_route_is_in_the_page() -> None:
         path = getattr(route, "path", "").removeprefix("/admin/v1")
         for method in getattr(route, "methods", set()) - {"HEAD"}:
             assert f"| {method} | `{path}` |" in page
+
+
+def test_every_test_that_the_guarantees_name_is_there() -> None:
+    root = DOCS.parent
+    named = set(re.findall(r"`(tests/[^`]+)`", (DOCS / "guarantees.md").read_text()))
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (root / path).exists()] == []

@@ -186,6 +186,16 @@ async def test_cached_tokens_were_charged_twice(customer: Customer, upstream: Sc
     assert await spent(customer) <= 10 * INPUT + 5 * OUTPUT
 
 
+async def test_a_hedge_that_read_nothing_paid_in_full(customer: Customer, upstream: ScriptedUpstream) -> None:
+    """sub2api #4408: a client that raced two models and dropped one before its first byte paid for the whole answer."""
+    upstream.will(Sleep(20), *stream(*WHOLE))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2), customer.stream(max_tokens=800):
+            pytest.fail("the upstream hasn't answered")
+    await _until_left(upstream)
+    assert await spent(customer) <= PROMPT * INPUT
+
+
 async def test_the_upstream_went_on_for_nobody(customer: Customer, upstream: ScriptedUpstream) -> None:
     """new-api #4184, #4186: the client had gone and the upstream was left running, at the operator's expense."""
     upstream.will(SSE, *(Chunk(piece) for piece in SAID), Sleep(30), Chunk(b""))
