@@ -406,6 +406,10 @@ async def _stop_ledger(ledger: BatchedLedger, journaling: Journaling) -> None:
         log.error(f"a charge {lost}", request_id=str(row.hold_id), charge=row.charge)
     if remains.holds:
         log.error("holds are left to the sweeper", holds=[str(hold) for hold in remains.holds])
+    if remains.finalizes and journaling.journal is None:
+        raise LedgerUnavailable(
+            f"{len(remains.finalizes)} charges were not written: the ledger was away at the end, and no journal is kept"
+        )
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:

@@ -27,14 +27,14 @@ from proxy.local.draining import Drain, DrainLimits
 from proxy.local.line import Briefing
 from proxy.local.postgres import refuse_if_served, users_lock_of
 from proxy.local.serving import Stop, base_url, hung_up, listen, serving
-from proxy.local.state import StateDirectory
+from proxy.local.state import LocalError, StateDirectory
 from proxy.local.supervisor import Supervisor, SupervisorLimits
 from proxy.local.worker import worker_command
 from proxy.local.workers_metrics import WorkersMetrics
 from proxy.logs import Redactor, configure
 from proxy.settings import Settings, load
 
-__all__ = ["configure_logs", "serve", "serving_farebox", "usable_catalog"]
+__all__ = ["configure_logs", "require_good_end", "serve", "serving_farebox", "usable_catalog"]
 
 WORKER_STOP_SECONDS = 25.0
 """What a worker gets to end in beside what its answers get: to cut them, to settle, and on a busy machine."""
@@ -132,6 +132,7 @@ async def _serve(access: Access, listener: socket.socket, told: _Told) -> None:
         async with serving_farebox(app, listener, access.settings, stop):
             told.ready()
             await stop.wait(lambda: access.failed() or app.broken)
+        require_good_end(app)
 
 
 async def _supervise(access: Access, listener: socket.socket, told: _Told, count: int) -> None:
@@ -171,6 +172,12 @@ def _briefing(access: Access, slot: int) -> Briefing:
     }
     users_lock = str(users_lock_of(StateDirectory(settings.state_dir))) if access.embedded else None
     return Briefing(slot, options, users_lock)
+
+
+def require_good_end(app: Farebox) -> None:
+    """Raise LocalError where the app has ended and left something undone."""
+    if app.failure is not None:
+        raise LocalError(app.failure)
 
 
 def usable_catalog(settings: Settings) -> Catalog:

@@ -15,7 +15,7 @@ import uvloop
 
 from proxy.app import create_app
 from proxy.cli.output import CommandFailed
-from proxy.cli.serve import configure_logs, serving_farebox, usable_catalog
+from proxy.cli.serve import configure_logs, require_good_end, serving_farebox, usable_catalog
 from proxy.cli.session import require_schema
 from proxy.core.yaml_reader import ConfigError
 from proxy.ledger.connect import Role
@@ -97,6 +97,7 @@ async def _serve_on(
             await stop.wait(lambda: app.broken)
     except LocalError as error:
         raise LocalError(app.failure or str(error)) from error
+    require_good_end(app)
 
 
 async def _hear(supervisor: Peer, stop: Stop) -> None:

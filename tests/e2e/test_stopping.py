@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from proxy.local.processes import is_running
-from tests.e2e.proxy import Proxy, pricing_yaml, running_proxy, upstreams_yaml
+from tests.e2e.proxy import Customer, Proxy, pricing_yaml, running_proxy, upstreams_yaml
 from tests.e2e.test_processes import ROOT, error_of, serve
 from tests.e2e.workers import SSE, eventually, opened, read_broken, read_stream, workers
 from tests.fakes.upstream import DONE, Chunk, ScriptedUpstream, Sleep, chunk, stream, usage_chunk
@@ -86,29 +86,47 @@ async def test_a_worker_that_is_told_to_stop_by_itself_ends_its_streams_and_is_r
     assert {hold["charge"] for hold in await customer.ended(6)} == {REPORTED}
 
 
+@pytest.mark.parametrize("count", ["", "1"])
 async def test_a_server_whose_database_is_gone_doesnt_wait_for_it(
-    database: Database, tmp_path: Path, upstream: ScriptedUpstream, operator: Proxy
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream, operator: Proxy, count: str
 ) -> None:
-    upstream.will(SSE, Chunk(chunk("a")), Sleep(1.5), *stream(chunk(finish="stop"), usage_chunk(10, 5), DONE)[1:])
+    state = {"STATE_DIR": str(tmp_path / "state"), "WORKERS": count}
     customer = await operator.account()
-    state = {"STATE_DIR": str(tmp_path / "state")}
-    async with serve(database, tmp_path, upstream, SHUTDOWN_SECONDS="100", **state) as (process, url):
-        async with httpx2.AsyncClient(timeout=60) as http:
-            reading = asyncio.create_task(read_stream(http, url, customer))
-            await opened(customer, 1)
-            await shut_out(operator, database)
-            assert (await reading).endswith(DONE)
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(90):
-            assert await process.wait() == 0
-        assert time.monotonic() - began < 50
-    await operator.query_elsewhere(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS true")
+    assert await stopped_without_its_database(database, tmp_path, upstream, customer, state) == 0
     # What it knew is in its journal: the next start books it.
     async with serve(database, tmp_path, upstream, **state):
         [hold] = await customer.ended(seconds=30)
     assert (hold["state"], hold["charge"]) == ("final", REPORTED)
     await operator.audit()
+
+
+@pytest.mark.parametrize("count", ["", "1"])
+async def test_a_charge_that_could_be_written_nowhere_is_said_by_the_exit_status(
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream, operator: Proxy, count: str
+) -> None:
+    customer = await operator.account()
+    settings = {"JOURNAL_DIR": "off", "WORKERS": count}
+    assert await stopped_without_its_database(database, tmp_path, upstream, customer, settings) == 1
+
+
+async def stopped_without_its_database(
+    database: Database, tmp_path: Path, upstream: ScriptedUpstream, customer: Customer, settings: dict[str, str]
+) -> int:
+    """The exit status of a server that is stopped when its database is gone, with an answer to charge."""
+    upstream.will(SSE, Chunk(chunk("a")), Sleep(1.5), *stream(chunk(finish="stop"), usage_chunk(10, 5), DONE)[1:])
+    async with serve(database, tmp_path, upstream, SHUTDOWN_SECONDS="100", **settings) as (process, url):
+        async with httpx2.AsyncClient(timeout=60) as http:
+            reading = asyncio.create_task(read_stream(http, url, customer))
+            await opened(customer, 1)
+            await shut_out(customer.proxy, database)
+            assert (await reading).endswith(DONE)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(90):
+            status = await process.wait()
+        assert time.monotonic() - began < 50
+    await customer.proxy.query_elsewhere(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS true")
+    return status
 
 
 async def shut_out(operator: Proxy, database: Database) -> None:
