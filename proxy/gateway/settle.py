@@ -184,7 +184,8 @@ class Settler:
             else:
                 await self._charge(exchange, due)
         except Exception as error:
-            # The ledger has stopped or rejects the row: the sweeper will settle the hold when this worker is gone.
+            # The ledger has stopped: the journal has the row for the next process. Or it rejects the row: then the hold
+            # stays until this worker is gone, and the sweeper settles it at its mark.
             log.error(
                 "a hold was left open", request_id=str(exchange.ticket.hold_id), ending=exchange.ending, exc_info=error
             )

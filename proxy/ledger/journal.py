@@ -6,7 +6,8 @@ out by another (``takeover.py``).
 
 The rules it keeps:
 - One thread touches the files. The event loop never waits for the disk: it is told when a group is durable. Groups
-  form by themselves, from what arrives while the last one is being synced.
+  form by themselves, from what arrives while the last one is being synced, and within ``GROUP_SECONDS`` of it: a row
+  that comes alone waits for nothing, and a busy process syncs 200 times a second and no more.
 - A sync or a write that fails for another reason than a full disk is never tried again: nothing is known about the file
   any more. ``on_failed`` is told, this process has to end, and what it still settles goes to the ledger at once.
 - Room is taken ahead: while half a file is left for running answers, the next file is made. Where it can't be, or too
@@ -34,6 +35,7 @@ __all__ = ["Entry", "Journal", "JournalLimits", "JournalWatch"]
 
 log = structlog.get_logger("farebox.journal")
 
+GROUP_SECONDS = 0.005
 PATIENCE_SECONDS = 2.0
 TICK_SECONDS = 0.25
 ROWS_MAX = 1_000
@@ -141,6 +143,7 @@ class Journal:
         self._full: str | None = None
         self._failure: str | None = None
         self._bytes = 0
+        self._next_group_at = 0.0
 
     # What the event loop calls.
 
@@ -273,6 +276,7 @@ class Journal:
         try:
             while not (self._closing and not self._rows):
                 self._wait()
+                self._gather()
                 rows = _take(self._rows)
                 if rows:
                     self._write_group(rows)
@@ -290,6 +294,13 @@ class Journal:
         waits = self._full is not None or self._current.waiting or self._older
         self._wake.wait(TICK_SECONDS if waits else None)
         self._wake.clear()
+
+    def _gather(self) -> None:
+        """Let a group come together where the last one was a moment ago. Nobody's answer waits for it."""
+        pause = self._next_group_at - time.monotonic()
+        if self._rows and pause > 0 and not self._closing:
+            time.sleep(pause)
+        self._next_group_at = time.monotonic() + GROUP_SECONDS
 
     def _write_group(self, rows: list[Entry]) -> None:
         """Make the rows durable and say so. Without room for them they go on as they are, and no new work is taken."""

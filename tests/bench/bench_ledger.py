@@ -9,9 +9,11 @@ import asyncio
 import itertools
 import resource
 import secrets
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -22,9 +24,11 @@ from proxy.core.usage import Usage
 from proxy.ledger.batch import BatchedLedger, BatchLimits
 from proxy.ledger.connect import Role, create_pool
 from proxy.ledger.holds import HoldLedger
+from proxy.ledger.journaled import JournaledLedger
 from proxy.ledger.lines import lines_to
 from proxy.ledger.records import ApiKey, Finalize, Finalized, Reserve, Reserved, ReserveOutcome
 from tests.ledger.bank import VERSION, Bank, open_bank, uuid7
+from tests.ledger.journals import opened
 from tests.postgres import Database, fresh_database, remove_cluster, running_cluster
 
 pytestmark = pytest.mark.bench
@@ -110,6 +114,21 @@ async def batched(name: str, bank: Bank, keys: list[ApiKey], **terms: Any) -> Fi
         assert not await ledger.stop()
 
 
+async def journaled(name: str, bank: Bank, keys: list[ApiKey], **terms: Any) -> Figures:
+    """The same with a journal before it, on the disk of the temporary directory."""
+    calls: list[int] = []
+    limits = BatchLimits(reserve_seconds=60.0)
+    ledger = BatchedLedger(lines_to(bank.database.app), limits=limits, observe=lambda rows, seconds: calls.append(rows))
+    with tempfile.TemporaryDirectory() as directory:
+        async with opened(Path(directory), ledger_id=await bank.holds.ledger_id()) as desk:
+            await ledger.start()
+            before = JournaledLedger(ledger, desk.journal)
+            try:
+                return await measure(name, bank, keys, before.reserve, before.finalize, calls=calls, **terms)
+            finally:
+                assert not await ledger.stop()
+
+
 async def unbatched(name: str, bank: Bank, keys: list[ApiKey], **terms: Any) -> Figures:
     """A round of single calls over a pool."""
     pool = await create_pool(bank.database.app, Role.GATEWAY, size=POOL, lock_ms=60_000, statement_seconds=60)
@@ -141,6 +160,7 @@ async def run(database: Database) -> dict[str, Figures]:
         await batched("warm-up", bank, [key], seconds=1.0)
         for number in range(3):
             show(await batched(f"one account, batched, round {number + 1}", bank, [key]))
+            show(await journaled(f"the same with a journal, {number + 1}", bank, [key]))
         show(await unbatched("one account, single calls", bank, [key]))
         show(await batched("one account, 1,024 clients, batched", bank, [key], clients=4 * CLIENTS))
         show(await batched("one account, one client, batched", bank, [key], clients=1, seconds=2.0))
@@ -150,6 +170,8 @@ async def run(database: Database) -> dict[str, Figures]:
         show(await unbatched(f"{ACCOUNTS:,} accounts, single calls", bank, keys))
     best = max(figures.pairs_a_second for name, figures in found.items() if "round" in name)
     ratio = best / found["one account, single calls"].pairs_a_second
+    written = max(figures.pairs_a_second for name, figures in found.items() if "journal" in name)
+    print(f"with a journal to without: {written / best:.2f}")
     verdict = "met" if best >= PAIRS_A_SECOND_MIN else "not met"
     print(f"batched to single on one account: {ratio:.1f}; bar of {PAIRS_A_SECOND_MIN:,} pairs/s: {verdict}")
     return found

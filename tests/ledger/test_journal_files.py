@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -59,6 +59,30 @@ def test_a_file_is_there_whole_and_its_room_is_taken(directory: JournalDirectory
     assert file.read().rstrip(b"\0") == b"head"
     if sys.platform == "linux":
         assert file.path.stat().st_blocks * 512 >= 64 * 1024
+    file.close()
+
+
+def test_its_name_is_durable_before_anybody_relies_on_it(
+    directory: JournalDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content is synced first, then the name that others look for, then the directory that holds the name."""
+    done: list[str] = []
+    fdatasync, fsync, rename = os.fdatasync, os.fsync, Path.rename
+
+    def note(word: str, really: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object) -> object:
+            done.append(word)
+            return really(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(os, "fdatasync", note("content", fdatasync))
+    monkeypatch.setattr(os, "fsync", note("directory", fsync))
+    monkeypatch.setattr(Path, "rename", note("name", rename))
+    file = directory.create(uuid4(), 1, b"head", 4096)
+    assert done == ["content", "name", "directory"]
+    file.rename(DONE)
+    assert done[3:] == ["name", "directory"]
     file.close()
 
 
