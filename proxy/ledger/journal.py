@@ -283,7 +283,8 @@ class Journal:
                     rows = []
                 self._write_marks()
                 self._tidy()
-            self._write_marks()
+            while self._marks:
+                self._write_marks()
             self._let_go()
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing may be written behind it
             self._failure = f"{self._directory.path}: {type(error).__name__}: {error}"
@@ -291,7 +292,9 @@ class Journal:
         self._tell(self._ended.set)
 
     def _wait(self) -> None:
-        waits = self._full is not None or self._current.waiting or self._older
+        if self._rows:
+            return
+        waits = self._full is not None or self._current.waiting or self._older or self._marks
         self._wake.wait(TICK_SECONDS if waits else None)
         self._wake.clear()
 

@@ -33,6 +33,7 @@ class Disk:
     syncs: int = 0
     sync_error: OSError | None = None
     write_error: OSError | None = None
+    """Of the next write alone."""
     room: int | None = None
     """Bytes that may yet be written or taken ahead; None: any."""
     gate: threading.Event = field(default_factory=threading.Event)
@@ -60,7 +61,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
     def meagre_write(file: JournalFile, data: bytes, place: int) -> None:
         if disk.write_error is not None:
-            raise disk.write_error
+            error, disk.write_error = disk.write_error, None
+            raise error
         disk.take(len(data))
         write_at(file, data, place)
 
@@ -107,9 +109,9 @@ async def test_rows_that_come_during_a_sync_share_the_next(tmp_path: Path, disk:
 
 async def test_a_row_names_its_price_in_the_same_file_once(tmp_path: Path) -> None:
     async with opened(tmp_path, price_body="body of {}".format) as desk:
-        for version in ("v1", "v2", "v1"):
+        for number, version in enumerate(["v1", "v2", "v1"], 1):
             desk.write(replace(A_FINALIZE, price_version=version))
-        await desk.written(3)
+            await desk.written(number)
         [path] = desk.files(OPEN)
         assert contents_of(path).prices == {"v1": "body of v1", "v2": "body of v2"}
         assert path.read_bytes().count(b"v1\n") == 1
@@ -192,6 +194,7 @@ async def test_one_row_that_waits_does_not_keep_every_file_that_it_stood_in(tmp_
                 desk.journal.done(entry)
         await until(lambda: len(desk.files(OPEN)) <= 3)
         await until(lambda: desk.journal.waiting == 1)
+        assert any(path.name.endswith("-000001.done") for path in desk.files(DONE)), "it was carried over"
     [path] = desk.files(OPEN)
     assert [row.row for row in contents_of(path).waiting] == [stuck]
 
@@ -276,6 +279,7 @@ async def test_a_write_that_failed_ends_the_journal_too(tmp_path: Path, disk: Di
         desk.write()
         await desk.written(1)
         assert len(desk.failures) == 1
+        assert desk.journal.refusal == "the journal can't be written"
 
 
 async def test_what_was_durable_before_a_failure_can_be_read(tmp_path: Path, disk: Disk) -> None:
@@ -307,6 +311,25 @@ async def test_a_disk_that_does_not_answer_holds_up_no_settlement_for_long(
         assert len(desk.handed) == 2, "and no row goes twice"
         desk.journal.done(desk.handed[1])
     assert [path.suffix for path in desk.files()] == [DONE]
+
+
+async def test_rows_that_are_done_before_they_could_be_written_wait_for_nobody(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a group of them stood behind a disk that didn't answer, and the ledger was faster."""
+    monkeypatch.setattr(journal_module, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(journal_module, "ROWS_MAX", 4)
+    async with opened(tmp_path) as desk:
+        disk.gate.clear()
+        for _ in range(20):
+            desk.write()
+        for entry in reversed(await desk.written(20)):
+            desk.journal.done(entry)
+        disk.gate.set()
+        await until(lambda: desk.journal.refusal is None)
+    assert [path.suffix for path in desk.files()] == [DONE]
+    [path] = desk.files(DONE)
+    assert len(contents_of(path).rows) == 20
 
 
 async def test_a_row_that_cannot_be_handed_on_stops_no_other(tmp_path: Path) -> None:

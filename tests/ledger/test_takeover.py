@@ -134,7 +134,9 @@ async def test_what_the_ledger_did_not_answer_before_the_stop_waits_in_the_journ
         [outcome] = await scan()
         assert (outcome.rows, outcome.rejected, outcome.left) == (1, 0, None)
         assert await scan() == []
-    assert [path.suffix for path in desk.files()] == [DONE]
+    [path] = desk.files()
+    assert path.suffix == DONE
+    assert contents_of(path).waiting == []
     assert await bank.money(account.id) == (970, 0, 0)
     assert scan.figures.replayed == 1
 
