@@ -16,7 +16,7 @@ from tests.faults.provider import Answer
 from tests.faults.restarting import RestartingPostgres
 from tests.faults.scene import Customer, Scene
 
-__all__ = ["Crowd", "Found", "kill_round", "restart_round"]
+__all__ = ["Crowd", "Found", "kill_round", "quiet", "restart_round"]
 
 ACCOUNTS = 10
 QUIET_SECONDS_MAX = 60.0

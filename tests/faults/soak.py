@@ -1,0 +1,129 @@
+"""`make soak`: many streams for minutes or hours, and a look at what a worker keeps that it should have let go of.
+
+    python -m tests.faults.soak [--minutes 60] [--streams 500] [--seed N]
+
+Each minute of load is followed by a quiet moment. Wrong is: resident memory that grows by more than a MiB an hour after
+the warm-up, more descriptors or threads in the last quiet moment than in the first, a hold that is left, and whatever
+the judge finds. A run of a few minutes can't tell such a slope from noise, and says so.
+"""
+
+import argparse
+import asyncio
+import random
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.nursery import Process, running_nursery
+from tests.faults.provider import running_provider
+from tests.faults.scene import Scene, open_scene
+from tests.faults.trouble import Crowd, Found, quiet
+from tests.postgres import fresh_database, remove_cluster, running_cluster
+
+SLOPE_MIB_AN_HOUR_MAX = 1.0
+SLOPE_MINUTES_MIN = 30.0
+WARM_UP_SHARE = 0.25
+SAMPLE_SECONDS = 5.0
+MORE_MAX = 10
+"""Descriptors or threads by which one quiet moment may differ from another. The first one is after a minute's work:
+lines to the ledger and idle connections to the upstream stay open once they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A process at a moment: seconds, MiB, open descriptors, threads."""
+
+    at: float
+    mib: float
+    descriptors: int
+    threads: int
+
+
+def look(process: Process) -> Sample:
+    """What the kernel says of the process."""
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if ":" in line
+    )
+    descriptors = sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())
+    return Sample(time.monotonic(), int(status["VmRSS"].split()[0]) / 1024, descriptors, int(status["Threads"]))
+
+
+def slope(samples: list[Sample]) -> float:
+    """MiB an hour, by least squares."""
+    mean_at = sum(sample.at for sample in samples) / len(samples)
+    mean_mib = sum(sample.mib for sample in samples) / len(samples)
+    above = sum((sample.at - mean_at) * (sample.mib - mean_mib) for sample in samples)
+    below = sum((sample.at - mean_at) ** 2 for sample in samples)
+    return 3600 * above / below if below else 0.0
+
+
+async def soak(scene: Scene, *, seed: int, streams: int, minutes: float) -> list[str]:
+    """Serve for so long, in rounds of calls, and return what is wrong."""
+    process = await scene.worker("worker", LOG_LEVEL="warning", SHUTDOWN_SECONDS="10")
+    await process.url()
+    random_, found, samples = random.Random(seed), Found(), []
+    crowd = Crowd(scene, random_, streams, {"worker": process})
+    quiets: list[Sample] = []
+    end, warm = time.monotonic() + minutes * 60, time.monotonic() + minutes * 60 * WARM_UP_SHARE
+    while time.monotonic() < end:
+        await crowd.start()
+        round_ends = min(end, time.monotonic() + 60)
+        while time.monotonic() < round_ends:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            sample = look(process)
+            if sample.at > warm:
+                samples.append(sample)
+        await quiet(scene, found, crowd)
+        quiets.append(look(process))
+        print(f"  {quiets[-1]}: {found.told()}", flush=True)
+        scene.forget()
+    rise, first, last = slope(samples), quiets[0], quiets[-1]
+    print(f"first quiet {first}\nlast quiet  {last}\nslope {rise:.2f} MiB an hour, {len(samples)} samples", flush=True)
+    wrongs = found.wrongs
+    if minutes < SLOPE_MINUTES_MIN:
+        print(f"{minutes} minutes are too few to judge the slope by; at least {SLOPE_MINUTES_MIN}", flush=True)
+    elif rise > SLOPE_MIB_AN_HOUR_MAX:
+        wrongs.append(f"memory grows by {rise:.2f} MiB an hour")
+    if last.descriptors > first.descriptors + MORE_MAX:
+        wrongs.append(f"{last.descriptors} descriptors, where there were {first.descriptors}")
+    if last.threads > first.threads + MORE_MAX:
+        wrongs.append(f"{last.threads} threads, where there were {first.threads}")
+    return wrongs
+
+
+async def run(seed: int, streams: int, minutes: float, directory: Path, run_id: str) -> list[str]:
+    """A soak on a ledger of its own, with leases as they are."""
+    async with AsyncExitStack() as stack:
+        address = stack.enter_context(running_cluster(run_id))
+        database = stack.enter_context(fresh_database(address))
+        provider = await stack.enter_async_context(running_provider())
+        nursery = await stack.enter_async_context(running_nursery())
+        scene = await stack.enter_async_context(open_scene(database, provider, nursery, directory, factor=1.0))
+        return await soak(scene, seed=seed, streams=streams, minutes=minutes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make soak", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--streams", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
+    given = parser.parse_args()
+    print(f"seed {given.seed}; {given.streams} streams for {given.minutes} minutes", flush=True)
+    directory, run_id = Path(tempfile.mkdtemp(prefix="fbs")), secrets.token_hex(6)
+    directory.chmod(0o755)
+    try:
+        wrongs = asyncio.run(run(given.seed, given.streams, given.minutes, directory, run_id))
+    finally:
+        remove_cluster(run_id)
+        shutil.rmtree(directory, ignore_errors=True)
+    print("\n".join(wrongs) if wrongs else "nothing wrong", flush=True)
+    sys.exit(bool(wrongs))
+
+
+if __name__ == "__main__":
+    main()
