@@ -29,6 +29,7 @@ __all__ = [
     "hmac_of",
     "new_key",
     "parse_key",
+    "without_keys",
 ]
 
 # 32 bytes for the secret, 16 for the id: reducing 128 bits to 62**12 values leaves a bias far below notice.
@@ -45,6 +46,8 @@ _KEY = re.compile(r"fb_([0-9A-Za-z]{12})_([0-9A-Za-z]{43})_([0-9A-Za-z]{6})\Z", 
 PEPPER_BYTES_MIN = 16
 
 # A pepper may hold commas and colons: only a comma that a version follows parts two of them.
+# In the wrong place it may be cut or lengthened, too.
+_IN_TEXT = re.compile(r"fb_([0-9A-Za-z]{12})_[0-9A-Za-z_]{16,}", re.ASCII)
 _VERSIONED = re.compile(r"\s*[0-9]+\s*:", re.ASCII)
 _NEXT_VERSION = re.compile(r",(?=\s*[0-9]+\s*:)", re.ASCII)
 _PEPPER_VERSION_MAX = 32_767
@@ -154,3 +157,8 @@ def _pepper(version: int, text: str) -> bytes:
             "ones, such as `openssl rand -hex 32` prints, or several as 1:TEXT,2:TEXT"
         )
     return pepper
+
+
+def without_keys(text: str) -> str:
+    """The text with every key's secret taken out: for errors that repeat what a client put in the wrong place."""
+    return _IN_TEXT.sub(r"fb_\1_[redacted]", text)

@@ -16,6 +16,7 @@ import structlog
 from starlette.exceptions import HTTPException
 
 from proxy.core.errors import MethodNotAllowed, NotFound, Refusal
+from proxy.core.keys import without_keys
 from proxy.gateway.headers import Headers
 from proxy.gateway.ids import new_request_id
 from proxy.logs import RequestLine, log_request
@@ -171,7 +172,9 @@ class Front:
         status = self._exhausted_status if refusal.status == 402 else refusal.status
         call.facts["code"] = refusal.code
         headers = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
-        await send_json(send, status, refusal.body(), [*call.headers, *headers], head=scope["method"] == "HEAD")
+        body = refusal.body()
+        body["error"]["message"] = without_keys(refusal.message)
+        await send_json(send, status, body, [*call.headers, *headers], head=scope["method"] == "HEAD")
 
 
 def canonical_path(path: str) -> str:

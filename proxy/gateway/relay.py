@@ -45,6 +45,8 @@ BODY_BYTES_MAX = 64 * 1024 * 1024
 ERROR_BYTES_MAX = 1024 * 1024
 # How long an upstream may keep its socket open after [DONE]: the client has everything and is waiting for the end.
 TAIL_SECONDS = 5.0
+# Shorter keys are placeholders ("ollama", "none"), and words that an answer may well contain.
+SECRET_BYTES_MIN = 16
 # Blanks that are looked through for an answer's beginning.
 SNIFFED_BYTES_MAX = 4_096
 
@@ -101,6 +103,8 @@ class Pump:
         self._departure: Departure | None = None
         self._keepalive = KeepAlive(self.channel, relay.keepalive_seconds, self._may_comment)
         self._is_stream = False
+        secret = (order.secret or "").encode()
+        self._secret = secret if len(secret) >= SECRET_BYTES_MIN else None
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -171,6 +175,12 @@ class Pump:
         else:
             self.channel.fail(refusal)
 
+    def _clean(self, data: bytes) -> bytes:
+        """Without the upstream's key: some repeat it in their errors, and those may come with a 200 or in a stream."""
+        if self._secret is None or self._secret not in data:
+            return data
+        return data.replace(self._secret, b"[redacted]")
+
     def _close(self, ending: Ending) -> None:
         left = self._departure is not None and ending is Ending.COMPLETE
         self._exchange.close(Ending.CLIENT_LEFT if left else ending)
@@ -180,7 +190,7 @@ class Pump:
     async def _read(self, answer: Answer) -> None:
         exchange = self._exchange
         exchange.upstream_status = answer.status
-        headers = answer_headers(answer.headers)
+        headers = [(name, self._clean(value)) for name, value in answer_headers(answer.headers)]
         exchange.upstream_request_id = _text(headers, b"x-upstream-request-id")
         if not 200 <= answer.status < 300:
             await self._refuse(answer, headers)
@@ -232,7 +242,7 @@ class Pump:
             self._give_up(_refusal(ending))
         else:
             # An error that the upstream sent as an event has been passed on: the client knows.
-            self.channel.put_at_once(last)
+            self.channel.put_at_once(self._clean(last))
             self.channel.end()
 
     async def _pass_on(self, decoder: Decoder, chunk: bytes) -> None:
@@ -248,7 +258,7 @@ class Pump:
         progress.holding = False
         if data:
             self._keepalive.spoken()
-            await self.channel.put(data)
+            await self.channel.put(self._clean(data))
         if self._departure is not None:
             await self._departure.look()
 
@@ -273,6 +283,7 @@ class Pump:
             self._pass_whole(head, body)
 
     def _pass_whole(self, head: Head, body: bytes) -> None:
+        body = self._clean(body)
         self.channel.start(Head(head.status, [*head.headers, (b"content-length", str(len(body)).encode())]))
         self.channel.put_at_once(body)
         self.channel.end()

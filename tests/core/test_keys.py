@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.keys import KEY_CHARS, KEY_RANDOM_BYTES, PepperError, Peppers, hmac_of, new_key, parse_key
+from proxy.core.keys import KEY_CHARS, KEY_RANDOM_BYTES, PepperError, Peppers, hmac_of, new_key, parse_key, without_keys
 
 BASE62 = string.digits + string.ascii_letters
 RANDOM = st.binary(min_size=KEY_RANDOM_BYTES, max_size=KEY_RANDOM_BYTES)
@@ -158,3 +158,14 @@ def test_moving_from_one_text_to_a_list_keeps_the_old_keys() -> None:
 
     assert hmac_of(before.by_version[1], key) == hmac_of(after.by_version[1], key)
     assert after.current == 2
+
+
+@given(
+    RANDOM, st.sampled_from(["", "/v1/", "The model '", "x"]), st.sampled_from(["", "' does not exist.", "zz", "\n"])
+)
+def test_an_error_that_repeats_a_key_doesnt_repeat_its_secret(random: bytes, before: str, after: str) -> None:
+    key = new_key(random)
+    text = without_keys(f"{before}{key.text}{after} {key.text[:40]}")
+    assert key.secret[:16] not in text
+    assert f"fb_{key.id}_[redacted]" in text
+    assert without_keys(before + after) == before + after

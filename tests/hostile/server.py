@@ -86,8 +86,9 @@ async def running_server(
         assert process.stdout is not None
         async with asyncio.timeout(START_SECONDS_MAX):
             line = await process.stdout.readline()
-        assert line, log.read_text()
-        yield Server(process, json.loads(line)["base_url"], log)
+        started = json.loads(line) if line else {}
+        assert "base_url" in started, f"{started}\n{log.read_text()}"
+        yield Server(process, started["base_url"], log)
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)

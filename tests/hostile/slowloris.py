@@ -50,7 +50,7 @@ class Findings:
         return (
             f"{self.connections} connections, receive limit {self.receive_seconds:g} s. Closed: {manners}. Good calls "
             f"meanwhile: {dict(self.good)}, the slowest {self.good_seconds_max:.2f} s. {self.descriptors_peak} "
-            f"descriptors at the peak, {self.descriptors_after} more than before afterwards; memory "
+            f"descriptors early on, {self.descriptors_after} more than before afterwards; memory "
             f"+{self.rss_growth_bytes / 1024 / 1024:.0f} MiB"
         )
 
@@ -129,6 +129,8 @@ async def measure(
                 asyncio.create_task(_trickle(server, name, hostile.key, found, trickle_seconds)) for name in manners
             ]
             calling = asyncio.create_task(_call_until_cancelled(server, good, found))
+            await asyncio.sleep(min(2.0, receive_seconds / 2))
+            found.descriptors_peak = server.descriptors()
             await asyncio.gather(*attack)
             calling.cancel()
             await asyncio.gather(calling, return_exceptions=True)
@@ -141,7 +143,6 @@ async def measure(
 async def _trickle(server: Server, manner: str, key: str, found: Findings, pause_seconds: float) -> None:
     reader, writer = await asyncio.open_connection(*server.address)
     began = time.monotonic()
-    found.descriptors_peak = max(found.descriptors_peak, server.descriptors() if not found.closed_after else 0)
     ended = asyncio.create_task(_until_closed(reader))
     try:
         for piece in MANNERS[manner](key):
