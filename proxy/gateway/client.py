@@ -9,7 +9,7 @@ makes progress.
 import asyncio
 from collections.abc import Callable
 
-from proxy.gateway.channel import Abandoned, Channel
+from proxy.gateway.channel import Abandoned, BrokenOff, Channel
 from proxy.gateway.front import Receive, Scope, Send
 from proxy.gateway.headers import Headers
 
@@ -17,9 +17,10 @@ __all__ = ["ABORT", "Client"]
 
 ABORT = "farebox.abort"
 """In ``scope["extensions"]``: its ``abort()`` resets the connection at once, unread bytes and all; ``unsent()`` is how
-many bytes the server still has, ``queued()`` adds those that the kernel has and the client's machine hasn't taken. Our
-own extension of ASGI (``protocol.py``), since an app by itself can only have a connection closed once everything was
-read, and isn't told how far it was."""
+many bytes the server still has, ``queued()`` adds those that the kernel has and the client's machine hasn't taken, and
+``broken()`` says that no end will follow, so that what is written is offered no longer than it is read. Our own
+extension of ASGI (``protocol.py``), since an app by itself can only have a connection closed once everything was read,
+and isn't told how far it was."""
 
 
 class Client:
@@ -38,6 +39,7 @@ class Client:
         self._timer: asyncio.TimerHandle | None = None
         self._writer: asyncio.Task[None] | None = None
         self._sending_since: float | None = None
+        self._broken: Callable[[], None] = connection.get("broken", _nothing)
         self._queued_then: tuple[float, int] | None = None
         """The write that was under way at the last look, and how much was queued then."""
         self._moved_at = 0.0
@@ -86,6 +88,9 @@ class Client:
                 channel.sent_bytes += len(data)
                 if self.first_sent_at is None:
                     self.first_sent_at = self._loop.time()
+        except BrokenOff:
+            self._broken()
+            raise
         except asyncio.CancelledError:
             if not self._stalled:
                 raise
@@ -133,3 +138,7 @@ class Client:
 
 def _unknown() -> int:
     return 0
+
+
+def _nothing() -> None:
+    pass

@@ -83,6 +83,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._limits = limits
         self._parting = parting or Parting()
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread = 0
+        """Bytes that the client hadn't taken when the deadline was set."""
         self._head_bytes = 0
         self._beside_body = 0
         """Bytes since the last one of a body: what chunks are wrapped in, trailers, blank lines."""
@@ -134,7 +136,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
         # An ASGI extension of ours: an app alone can't reset a connection, nor see how far it is.
         size = self.transport.get_write_buffer_size
-        self.scope["extensions"] = {ABORT: {"abort": self._reset, "unsent": size, "queued": self._queued}}
+        self.scope["extensions"] = {
+            ABORT: {"abort": self._reset, "unsent": size, "queued": self._queued, "broken": self._expect}
+        }
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -170,9 +174,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _expect(self) -> None:
-        if self._deadline is None and not self.transport.is_closing():
+        """The client owes its next request, or has yet to read what was written: a connection is closed only then."""
+        unread = self._unread = self._queued() if self.transport.get_write_buffer_size() else 0
+        if self._deadline is None and (unread or not self.transport.is_closing()):
             seconds = self._limits.receive_seconds
-            if self._parting.idle_seconds is not None:
+            if self._parting.idle_seconds is not None and not unread:
                 seconds = min(seconds, self._parting.idle_seconds)
             self._deadline = self.loop.call_later(seconds, self._give_up)
 
@@ -183,10 +189,12 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._deadline = None
-        if self.transport.get_write_buffer_size():
-            self._reset()  # it hasn't read its last answer, and closing would wait for that
-        else:
+        if not self.transport.get_write_buffer_size():
             self.transport.close()
+        elif self._queued() < self._unread:
+            self._expect()  # it is reading its last answer, if slowly
+        else:
+            self._reset()  # it isn't, and closing would wait for that
 
     def _refuse_head(self) -> None:
         if self.transport.is_closing():

@@ -95,24 +95,6 @@ async def test_a_client_that_leaves_at_any_piece_pays_what_was_reported(
     assert (await ended(customer))[:2] == (REPORTED, "reported")
 
 
-async def test_a_client_that_leaves_before_the_first_byte_of_a_stream(
-    customer: Customer, upstream: ScriptedUpstream
-) -> None:
-    upstream.will(Sleep(0.3), *stream(*CHUNKS))
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.15), customer.stream(model="drained"):
-            pytest.fail("the upstream hasn't answered yet")
-    assert await ended(customer) == (REPORTED, "reported", "client_left")
-
-
-async def test_a_client_that_leaves_a_whole_answer_pays_for_it(customer: Customer, upstream: ScriptedUpstream) -> None:
-    upstream.will(Sleep(0.3), *whole(chat_answer(prompt=10, completion=5)))
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.15):
-            await customer.post()
-    assert await ended(customer) == (REPORTED, "reported", "client_left")
-
-
 async def test_a_drain_that_takes_too_long_is_cut_and_counted(customer: Customer, upstream: ScriptedUpstream) -> None:
     upstream.will(SSE, *(Chunk(piece) for piece in CHUNKS[:3]), Sleep(30))
     await read_some(customer, len(CHUNKS[0]), model="curt")
@@ -122,9 +104,12 @@ async def test_a_drain_that_takes_too_long_is_cut_and_counted(customer: Customer
 
 async def test_a_drain_of_nothing_charges_the_prompt(customer: Customer, upstream: ScriptedUpstream) -> None:
     upstream.will(Sleep(30))
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.15):
-            await customer.post(model="curt")
+    before = len(upstream.requests)
+    calling = asyncio.create_task(customer.post(model="curt"))
+    async with asyncio.timeout(5):
+        while len(upstream.requests) == before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    calling.cancel()
     assert await ended(customer) == (PROMPT, "counted", "client_left_cut")
 
 

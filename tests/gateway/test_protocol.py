@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from proxy.core.errors import Refusal
+from proxy.gateway.client import ABORT
 from proxy.gateway.front import send_json
 from proxy.gateway.limits import DEFAULT, ClientLeft, LimitsProfile, check_headers, read_body
 from proxy.gateway.protocol import guarded_protocol
@@ -45,8 +46,10 @@ class Echo:
 
 
 @asynccontextmanager
-async def serving(app: Echo) -> AsyncIterator[int]:
+async def serving(app: Echo, *, send_buffer_bytes: int | None = None) -> AsyncIterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer_bytes is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     config = uvicorn.Config(
         app,
         http=guarded_protocol(app.limits),  # type: ignore[arg-type]
@@ -213,6 +216,61 @@ async def test_an_answer_that_is_not_read_does_not_keep_the_connection() -> None
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert app.left == 1
         assert len(await client.rest()) < 8_000_000
+
+
+class Large(Echo):
+    """Answers with much, whole or without an end."""
+
+    async def __call__(self, scope: MutableMapping[str, Any], _receive: Any, send: Any) -> None:
+        if scope["path"] == "/broken":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x" * 300_000, "more_body": True})
+            scope["extensions"][ABORT]["broken"]()
+        else:
+            await send_json(send, 200, ["x" * 300_000], [])
+        self.left += 1
+
+
+@asynccontextmanager
+async def reading_little(port: int, path: bytes, header: bytes) -> AsyncIterator[socket.socket]:
+    """A client with a small buffer, that reads only when it is told to; its request is out."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, ("127.0.0.1", port))
+    try:
+        await loop.sock_sendall(
+            client, b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n" + header + b"\r\n"
+        )
+        yield client
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("path", [b"/", b"/broken"])
+@pytest.mark.parametrize("header", [b"", b"connection: close\r\n"])
+async def test_an_answer_that_is_over_is_offered_as_long_as_it_is_read(path: bytes, header: bytes) -> None:
+    """However slowly; some time after the last byte was taken, the connection is gone, whatever it was to become."""
+    app = Large(LIMITS)
+    async with serving(app, send_buffer_bytes=8192) as port, reading_little(port, path, header) as client:
+        loop = asyncio.get_running_loop()
+        read = 0
+        while read < 100_000:  # takes far longer than the server waits for one who doesn't read
+            read += len(await loop.sock_recv(client, 2_000))
+            await asyncio.sleep(LIMITS.receive_seconds / 10)
+        assert app.left == 1
+        await asyncio.sleep(4 * LIMITS.receive_seconds)
+        reset = False
+        while not reset:
+            try:
+                data = await loop.sock_recv(client, 65_536)
+            except ConnectionResetError:
+                reset = True
+            else:
+                assert data, "an answer that isn't whole may not end as if it were"
+                read += len(data)
+        assert read < 300_000
 
 
 async def test_headers_above_the_limit_in_one_piece_are_a_readable_400(port: int) -> None:
