@@ -147,14 +147,17 @@ async def _supervise(access: Access, listener: socket.socket, told: _Told, count
             lambda slot: _briefing(access, slot),
             count=count,
             metrics=metrics,
-            limits=SupervisorLimits(
-                stop=settings.shutdown_delay_seconds + settings.shutdown_seconds + WORKER_STOP_SECONDS
-            ),
+            limits=_limits(settings),
         )
         stop = Stop(with_parent=told.with_parent)
         stack.enter_context(stop.on_signals())
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up(stop, supervisor.restart_soon))
         await supervisor.run(stop, on_ready=told.ready, failed=access.failed)
+
+
+def _limits(settings: Settings) -> SupervisorLimits:
+    stop = settings.shutdown_seconds + WORKER_STOP_SECONDS
+    return SupervisorLimits(stop=settings.shutdown_delay_seconds + stop, retire=settings.restart_drain_seconds + stop)
 
 
 def _briefing(access: Access, slot: int) -> Briefing:

@@ -40,6 +40,8 @@ class SupervisorLimits:
     """What a worker gets to be ready in."""
     stop: float = 60.0
     """What it gets to end in, after which it is killed."""
+    retire: float = 7_300.0
+    """The same for one that was replaced: above what it gives its answers."""
     steady: float = 10.0
     """A worker that served for so long died of something new: it is replaced at once."""
     pause_min: float = 0.5
@@ -247,7 +249,17 @@ class Supervisor:
             slot.failures = 0
             if old is not None:
                 old.retire()
+                self._own(self._see_off(old))
         return True
+
+    async def _see_off(self, worker: Worker) -> None:
+        """A worker ends by itself when its time is over; one that hangs would stand in the way for ever."""
+        try:
+            async with asyncio.timeout(self._limits.retire):
+                await worker.gone()
+        except TimeoutError:
+            log.error("a retired worker didn't end in time and is killed", slot=worker.slot, worker_pid=worker.pid)
+            worker.kill()
 
     def _retiring(self) -> list[Worker]:
         return [worker for worker in self._alive if worker.life is Life.RETIRING]

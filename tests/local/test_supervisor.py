@@ -191,6 +191,15 @@ async def test_only_so_many_retire_at_once() -> None:
         assert most == 2
 
 
+async def test_a_retired_worker_that_hangs_is_killed() -> None:
+    limits = SupervisorLimits(start=20, stop=20, retire=0.3)
+    async with supervising(Script({"retire_seconds": 60}, {}), count=1, limits=limits) as running:
+        [before] = running.pids()
+        running.supervisor.restart_soon()
+        await running.until(lambda: before not in running.pids() and not is_there(before))
+        assert running.number("farebox_worker_deaths_total") == 0
+
+
 async def test_a_dead_worker_is_replaced_at_once() -> None:
     limits = SupervisorLimits(steady=0, pause_min=60)
     async with supervising(Script(), limits=limits) as running:
