@@ -41,7 +41,9 @@ MARGIN_TOKENS = 8
 OPEN_CHARS_MAX = 4_096
 # Bytes of UTF-8 for a token, about, where it can't be counted.
 BYTES_PER_TOKEN = 3
-CHECKPOINTS_MAX = 64
+# How far apart checkpoints are that wait for a client which is behind; the buffers between take a fraction of so many.
+CHECKPOINT_BYTES = 4_096
+CHECKPOINTS_MAX = 256
 # Of one text, for one mark: what is more is counted for the next.
 MARK_CHARS_MAX = 65_536
 
@@ -122,7 +124,7 @@ class Progress:
         self.sent_at: float | None = None
         self.channel: Channel | None = None
         self.holding = False
-        """What the meter has seen isn't all in the channel yet. The pump says so, on both sides of any wait."""
+        """What the meter has seen isn't all in the channel yet. ``hold_back`` says so; the pump takes it back."""
         self._route = route
         self._bounds = bounds
         self._count_answer = count_answer
@@ -130,6 +132,7 @@ class Progress:
         self._clock = clock
         self._tallies: dict[GrowingText, _Tally] = {}
         self._reached: _Checkpoint | None = None
+        self._noted_bytes = 0
         self._ahead: deque[_Checkpoint] = deque(maxlen=CHECKPOINTS_MAX)
         self.marked: Usage | None = None
         """The last mark that was made."""
@@ -198,14 +201,24 @@ class Progress:
         meter = self.meter
         return 0 if meter is None else meter.text_chars - sum(tally.chars for tally in self._tallies.values())
 
+    def hold_back(self) -> None:
+        """The meter is about to see more than is in the channel. Often enough, it is noted how far the answer was."""
+        channel = self.channel
+        if channel is not None and channel.produced_bytes - self._noted_bytes >= CHECKPOINT_BYTES:
+            self.note()
+        self.holding = True
+
     def note(self) -> None:
         """Remember how far the answer is, and see how far its bytes have got."""
         meter, channel = self.meter, self.channel
         if meter is None or channel is None:
             return
+        produced = channel.produced_bytes
         last = self._ahead[-1] if self._ahead else self._reached
-        if meter.delivered and not self.holding and (last is None or _is_news(meter, last)):
-            self._ahead.append(_checkpoint(meter, channel.produced_bytes))
+        far = not self._ahead or produced - self._noted_bytes >= CHECKPOINT_BYTES
+        if far and meter.delivered and not self.holding and (last is None or _is_news(meter, last)):
+            self._ahead.append(_checkpoint(meter, produced))
+            self._noted_bytes = produced
         delivered = channel.delivered_bytes
         while self._ahead and self._ahead[0].produced <= delivered:
             self._reached = self._ahead.popleft()

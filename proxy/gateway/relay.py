@@ -247,7 +247,7 @@ class Pump:
 
     async def _pass_on(self, decoder: Decoder, chunk: bytes) -> None:
         progress = self._exchange.progress
-        progress.holding = True
+        progress.hold_back()
         data = decoder.feed(chunk)
         if self._exchange.first_said_at is None and decoder.meter.delivered:
             self._exchange.first_said_at = self._loop.time()

@@ -107,17 +107,18 @@ async def test_a_client_that_doesnt_read_is_never_charged_for_what_waited_for_it
     writer.write(head.encode() + body)
     received = await reader.read(100)
     mark, before = None, None
-    async with asyncio.timeout(30):
-        while mark is None or mark != before:
-            await asyncio.sleep(4 * RENEW_SECONDS)
-            before, mark = mark, (await hold_of(scene, call))["mark"]
-    await scene.kill(mortal)
     try:
+        async with asyncio.timeout(30):
+            while mark is None or mark != before:
+                await asyncio.sleep(4 * RENEW_SECONDS)
+                before, mark = mark, (await hold_of(scene, call))["mark"]
+        await scene.kill(mortal)
         while piece := await reader.read(65_536):
             received += piece
     except ConnectionResetError:
         pass
-    writer.close()
+    finally:
+        writer.close()
     await scene.settled(customer)
     charge = (await hold_of(scene, call))["charge"]
     words = received.count(b'"content":" word"') + received.count(b'"content": " word"')
@@ -160,7 +161,9 @@ async def test_a_long_silence_keeps_its_hold_and_costs_nothing_if_its_worker_die
     silent = 3.0 * LEASE_SECONDS
     doomed, doomed_task = begin(scene, mortal, customer, Answer(words=1, pace=silent))
     patient, patient_task = begin(scene, other, customer, Answer(words=1, pace=silent))
-    await asyncio.sleep(0.5 * LEASE_SECONDS)
+    async with asyncio.timeout(30):
+        while len(await scene.holds(customer)) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
     await scene.kill(mortal)
     async with asyncio.timeout(20):
         while (await hold_of(scene, doomed))["state"] == "open":  # noqa: ASYNC110

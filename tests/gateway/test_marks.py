@@ -14,7 +14,7 @@ from proxy.core.usage import Usage
 from proxy.gateway.channel import Channel
 from proxy.gateway.exchange import Exchange
 from proxy.gateway.marks import Marks
-from proxy.gateway.progress import MARGIN_TOKENS, CountEach, Progress
+from proxy.gateway.progress import CHECKPOINT_BYTES, MARGIN_TOKENS, CountEach, Progress
 from proxy.gateway.settle import Settler
 from proxy.gateway.tokens import TokenCounter
 from proxy.ledger.records import Mark
@@ -141,6 +141,28 @@ async def test_what_waits_for_the_client_isnt_marked_until_it_is_gone(counter: T
     second = await marked(progress, counter.count_each)
     assert second is not None
     assert second.output > first.output, "nobody reads any more: what is read on is what is charged"
+
+
+async def test_a_client_far_behind_is_marked_where_it_is(counter: TokenCounter) -> None:
+    """However long ago it was that what it has got was noted, and however fast that came."""
+    progress = progress_of(counter)
+    meter, channel = progress.meter, progress.channel
+    assert meter is not None
+    assert channel is not None
+    words, size = 3_000, 100
+    for number in range(words):
+        progress.hold_back()
+        meter.observe(text(" word"))
+        progress.holding = False
+        channel.put_at_once(b"x" * size)
+        if number % 10 == 0:
+            progress.note()
+    for got in range(0, words + 1, 250):
+        channel.sent_bytes = got * size
+        now = await marked(progress, counter.count_each)
+        if got:
+            assert now is not None
+            assert got - 2 * CHECKPOINT_BYTES // size - 2 <= now.output <= got + 1
 
 
 async def test_a_running_report_is_marked_only_once_it_was_delivered(counter: TokenCounter) -> None:
