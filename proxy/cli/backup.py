@@ -205,7 +205,8 @@ def _put_journals(found: Backup, settings: Settings) -> Path | None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for journal in found.journals:
-            if not (directory / journal.name).exists():
+            # By whatever name: it gets another when it is done.
+            if not any(directory.glob(f"{journal.stem}.*")):
                 shutil.copyfile(journal, directory / journal.name)
                 (directory / journal.name).chmod(0o600)
     except OSError as error:

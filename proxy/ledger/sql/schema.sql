@@ -33,9 +33,6 @@ CREATE TYPE farebox.audit_stretch AS (
 	seals bigint,
 	altered bigint,
 	altered_in bigint,
-	holds bigint,
-	holds_altered bigint,
-	holds_altered_in bigint,
 	unlinked bigint,
 	unlinked_at bigint
 );
@@ -67,6 +64,14 @@ CREATE TYPE farebox.purse AS (
 	lent bigint,
 	paid bigint
 );
+
+CREATE FUNCTION farebox.a_lost_hold() RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT min(u.id::text)
+      FROM farebox.seals s, unnest(s.hold_ids || s.provisional_ids) AS u (id)
+     WHERE NOT EXISTS (SELECT FROM farebox.holds h WHERE h.id = u.id)
+$$;
 
 CREATE FUNCTION farebox.a_move(_purse farebox.purse, _hold_id uuid, _reference text DEFAULT NULL::text, _actor text DEFAULT NULL::text, _reason text DEFAULT NULL::text) RETURNS farebox.move
     LANGUAGE sql IMMUTABLE
@@ -257,11 +262,9 @@ BEGIN
     ), transfers AS (
         SELECT coalesce(sum(u.transfers), 0) AS checked, coalesce(sum(u.seals), 0) AS seals,
                coalesce(sum(u.transfers) FILTER (WHERE u.seals > 0), 0) AS sealed,
-               coalesce(sum(u.holds), 0) AS sealed_holds,
                coalesce(sum(u.unchained), 0) AS v6, min(u.account_id || '-' || u.unchained_at) AS e6,
                coalesce(sum(u.misnamed), 0) AS v7, min(u.account_id || '-' || u.misnamed_at) AS e7,
                coalesce(sum(u.altered), 0) AS v8, min(u.account_id || ' seal ' || u.altered_in) AS e8,
-               coalesce(sum(u.holds_altered), 0) AS v9, min(u.account_id || ' seal ' || u.holds_altered_in) AS e9,
                coalesce(sum(u.unlinked), 0) AS v10, min(u.account_id || ' seal ' || u.unlinked_at) AS e10
           FROM units u
     ), strays AS MATERIALIZED (
@@ -283,7 +286,6 @@ BEGIN
                ('every_transfer_has_its_place', t.checked + s.transfers, abs(s.transfers),
                 CASE WHEN s.transfers <> 0 THEN farebox.a_stray_transfer() END),
                ('sealed_transfers_are_as_they_were', t.sealed, t.v8, t.e8),
-               ('sealed_holds_are_as_they_were', t.sealed_holds, t.v9, t.e9),
                ('seals_chain_from_block_to_block', t.seals + s.seals, t.v10 + abs(s.seals),
                 coalesce(t.e10, CASE WHEN s.seals <> 0 THEN farebox.a_stray_seal() END))
            ) AS v (name, checked, violations, example);
@@ -364,8 +366,22 @@ BEGIN
                farebox.ended_so(h) AS ended_so,
                h.state = 'open' OR farebox.priced_so(h, p.rates, p.per_request) AS priced,
                h.state = 'open' OR h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL
-                   OR h.charge <= h.amount AS within_hold
+                   OR h.charge <= h.amount AS within_hold,
+               (s.id IS NOT NULL)::integer + (v.id IS NOT NULL)::integer AS seals,
+               (s.id IS NULL OR s.digest = farebox.hold_digest(h)) AND CASE
+                   WHEN v.id IS NULL THEN true
+                   WHEN h.state = 'provisional' THEN v.digest = farebox.hold_digest(h)
+                   -- Trued up since: its end is under a later seal, or will be.
+                   ELSE h.state = 'final'
+               END AS as_sealed
           FROM farebox.holds h
+          LEFT JOIN (
+              SELECT u.id, u.digest FROM farebox.seals s, unnest(s.hold_ids, s.hold_digests) AS u (id, digest)
+          ) AS s ON s.id = h.id
+          LEFT JOIN (
+              SELECT u.id, u.digest
+                FROM farebox.seals s, unnest(s.provisional_ids, s.provisional_digests) AS u (id, digest)
+          ) AS v ON v.id = h.id
           LEFT JOIN farebox.transfers c ON c.hold_id = h.id AND c.account_id = h.account_id AND c.kind = 'charge'
           LEFT JOIN farebox.transfers u ON u.hold_id = h.id AND u.account_id = h.account_id AND u.kind = 'true_up'
           LEFT JOIN (
@@ -379,14 +395,21 @@ BEGIN
           LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
     ), counted AS (
         SELECT count(*) AS checked, count(*) FILTER (WHERE j.ended) AS ended, coalesce(sum(j.transfers), 0) AS transfers,
+               coalesce(sum(j.seals), 0) AS seals,
+               count(*) FILTER (WHERE NOT j.as_sealed) AS v5, (min(j.id::text) FILTER (WHERE NOT j.as_sealed)) AS e5,
                count(*) FILTER (WHERE NOT j.kept) AS v1, (min(j.id::text) FILTER (WHERE NOT j.kept)) AS e1,
                count(*) FILTER (WHERE NOT j.ended_so) AS v2, (min(j.id::text) FILTER (WHERE NOT j.ended_so)) AS e2,
                count(*) FILTER (WHERE NOT j.priced) AS v3, (min(j.id::text) FILTER (WHERE NOT j.priced)) AS e3,
                count(*) FILTER (WHERE NOT j.within_hold) AS v4, (min(j.id::text) FILTER (WHERE NOT j.within_hold)) AS e4
           FROM judged j
     ), strays AS MATERIALIZED (
-        SELECT count(*) - (SELECT c.transfers FROM counted c) AS transfers
-          FROM farebox.transfers t WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+        SELECT (
+                   SELECT count(*) FROM farebox.transfers t
+                    WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+               ) - c.transfers AS transfers,
+               (SELECT coalesce(sum(cardinality(s.hold_ids) + cardinality(s.provisional_ids)), 0) FROM farebox.seals s)
+                   - c.seals AS seals
+          FROM counted c
     )
     SELECT v.name, v.checked::bigint, v.violations::bigint, v.example
       FROM counted c, strays s,
@@ -394,6 +417,8 @@ BEGIN
                ('every_hold_was_charged_what_its_transfers_say', c.checked, c.v1 + abs(s.transfers),
                 coalesce(c.e1, CASE WHEN s.transfers <> 0 THEN farebox.a_stray_charge() END)),
                ('every_hold_ended_as_its_state_says', c.checked, c.v2, c.e2),
+               ('sealed_holds_are_as_they_were', c.seals + s.seals, c.v5 + abs(s.seals),
+                coalesce(c.e5, CASE WHEN s.seals <> 0 THEN farebox.a_lost_hold() END)),
                ('charges_recompute_from_usage_and_price', c.ended, c.v3, c.e3),
                ('counted_charges_stay_within_their_hold', c.ended, c.v4, c.e4)
            ) AS v (name, checked, violations, example);
@@ -643,32 +668,22 @@ BEGIN
           FROM chained c
          WHERE c.version > coalesce(before.last_version, 0)
          GROUP BY 1
-    ), held AS MATERIALIZED (
-        SELECT s.number, sha512(string_agg(farebox.hold_bytes(h), '' ORDER BY h.id)) AS digest
-          FROM farebox.seals s, unnest(s.hold_ids) AS u (hold_id) JOIN farebox.holds h ON h.id = u.hold_id
-         WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
-         GROUP BY s.number
     )
     SELECT sum(b.transfers), min(b.first), max(b.last), sum(b.balance), sum(b.debt), sum(b.charges),
            sum(b.unchained), min(b.unchained_at), sum(b.misnamed), min(b.misnamed_at),
            count(s.number),
            count(*) FILTER (WHERE s.transfers_digest <> coalesce(b.digest, sha512(''))),
            min(s.number) FILTER (WHERE s.transfers_digest <> coalesce(b.digest, sha512(''))),
-           sum(s.holds),
-           count(*) FILTER (WHERE NOT s.holds_kept), min(s.number) FILTER (WHERE NOT s.holds_kept),
            count(*) FILTER (WHERE NOT s.linked), min(s.number) FILTER (WHERE NOT s.linked)
       INTO found
       FROM blocks b
       FULL JOIN (
                SELECT s.number, s.transfers_digest, row_number() OVER w - 1 AS block,
-                      cardinality(s.hold_ids) + cardinality(s.provisional_ids) AS holds,
-                      s.holds_digest = coalesce(d.digest, sha512(''))
-                          AND (s.provisional_ids = '{}' OR farebox.provisional_as_sealed(s)) AS holds_kept,
                       s.head = farebox.seal_head(lag(s.head, 1, before.head) OVER w, s)
                           AND s.number = lag(s.number, 1, coalesce(before.number, 0)) OVER w + 1
                           AND s.last_version >= lag(s.last_version, 1, coalesce(before.last_version, 0)) OVER w
                           AS linked
-                 FROM farebox.seals s LEFT JOIN held d USING (number)
+                 FROM farebox.seals s
                 WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
                WINDOW w AS (ORDER BY s.number)
            ) AS s ON s.block = b.block;
@@ -1460,6 +1475,12 @@ CREATE FUNCTION farebox.hold_bytes(_row farebox.holds) RETURNS bytea
     ))
 $$;
 
+CREATE FUNCTION farebox.hold_digest(_row farebox.holds) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT substring(sha512(farebox.hold_bytes(_row)) FOR 32)
+$$;
+
 CREATE FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1640,37 +1661,6 @@ CREATE FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _per_req
             ELSE _hold.charge <= farebox.charge_at(_rates, _per_request, _hold.usage)
         END,
         false
-    )
-$$;
-
-CREATE TABLE farebox.seals (
-    account_id uuid NOT NULL,
-    number bigint NOT NULL,
-    last_version bigint NOT NULL,
-    transfers_digest bytea NOT NULL,
-    hold_ids uuid[] NOT NULL,
-    holds_digest bytea NOT NULL,
-    provisional_ids uuid[] NOT NULL,
-    provisional_digests bytea[] NOT NULL,
-    ended_to timestamp with time zone,
-    sealed_at timestamp with time zone NOT NULL,
-    head bytea NOT NULL,
-    CONSTRAINT seals_last_version_check CHECK ((last_version >= 0)),
-    CONSTRAINT seals_number_check CHECK ((number > 0))
-);
-
-CREATE FUNCTION farebox.provisional_as_sealed(_seal farebox.seals) RETURNS boolean
-    LANGUAGE sql STABLE PARALLEL SAFE
-    AS $$
-    SELECT NOT EXISTS (
-        SELECT FROM unnest(_seal.provisional_ids, _seal.provisional_digests) AS p (id, digest)
-          LEFT JOIN farebox.holds h ON h.id = p.id
-         WHERE CASE h.state
-                   WHEN 'provisional' THEN sha512(farebox.hold_bytes(h)) <> p.digest
-                   -- Trued up since: its end is under a later seal, or will be.
-                   WHEN 'final' THEN false
-                   ELSE true
-               END
     )
 $$;
 
@@ -1904,13 +1894,13 @@ BEGIN
     ), holds AS (
         SELECT e.account_id,
                coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.state <> 'provisional'), '{}') AS ids,
-               sha512(coalesce(
-                   string_agg(farebox.hold_bytes(e::farebox.holds), '' ORDER BY e.id)
-                       FILTER (WHERE e.state <> 'provisional'), ''
-               )) AS digest,
+               coalesce(
+                   array_agg(farebox.hold_digest(e::farebox.holds) ORDER BY e.id)
+                       FILTER (WHERE e.state <> 'provisional'), '{}'
+               ) AS digests,
                coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.state = 'provisional'), '{}') AS provisional_ids,
                coalesce(
-                   array_agg(sha512(farebox.hold_bytes(e::farebox.holds)) ORDER BY e.id)
+                   array_agg(farebox.hold_digest(e::farebox.holds) ORDER BY e.id)
                        FILTER (WHERE e.state = 'provisional'), '{}'
                ) AS provisional_digests,
                max(e.ended_at) AS ended_to
@@ -1937,7 +1927,7 @@ BEGIN
                    AS last_version,
                CASE WHEN t.rows = b.upto - coalesce(l.last_version, 0) THEN t.digest ELSE sha512('') END AS digest,
                coalesce(l.last_version, 0) AS after,
-               coalesce(h.ids, '{}') AS hold_ids, coalesce(h.digest, sha512('')) AS holds_digest,
+               coalesce(h.ids, '{}') AS hold_ids, coalesce(h.digests, '{}') AS hold_digests,
                coalesce(h.provisional_ids, '{}') AS provisional_ids,
                coalesce(h.provisional_digests, '{}') AS provisional_digests, h.ended_to
           FROM behind b
@@ -1950,10 +1940,10 @@ BEGIN
                  ON b.account_id IS NOT NULL
     ), written AS (
         INSERT INTO farebox.seals
-        SELECT m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.holds_digest, m.provisional_ids,
+        SELECT m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.hold_digests, m.provisional_ids,
                m.provisional_digests, m.ended_to, statement_timestamp(),
                farebox.seal_head(m.before, ROW(
-                   m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.holds_digest, m.provisional_ids,
+                   m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.hold_digests, m.provisional_ids,
                    m.provisional_digests, m.ended_to, statement_timestamp(), NULL
                )::farebox.seals)
           FROM made m
@@ -1969,12 +1959,28 @@ BEGIN
 END
 $$;
 
+CREATE TABLE farebox.seals (
+    account_id uuid NOT NULL,
+    number bigint NOT NULL,
+    last_version bigint NOT NULL,
+    transfers_digest bytea NOT NULL,
+    hold_ids uuid[] NOT NULL,
+    hold_digests bytea[] NOT NULL,
+    provisional_ids uuid[] NOT NULL,
+    provisional_digests bytea[] NOT NULL,
+    ended_to timestamp with time zone,
+    sealed_at timestamp with time zone NOT NULL,
+    head bytea NOT NULL,
+    CONSTRAINT seals_last_version_check CHECK ((last_version >= 0)),
+    CONSTRAINT seals_number_check CHECK ((number > 0))
+);
+
 CREATE FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
     AS $$
     SELECT sha256(record_send(ROW(
         'farebox seal 1'::text, _before, _seal.account_id, _seal.number, _seal.last_version, _seal.transfers_digest,
-        _seal.hold_ids, _seal.holds_digest, _seal.provisional_ids, _seal.provisional_digests, _seal.ended_to,
+        _seal.hold_ids, _seal.hold_digests, _seal.provisional_ids, _seal.provisional_digests, _seal.ended_to,
         _seal.sealed_at
     )))
 $$;
@@ -2429,6 +2435,8 @@ GRANT USAGE ON SCHEMA farebox TO farebox_gateway;
 GRANT USAGE ON SCHEMA farebox TO farebox_control;
 GRANT USAGE ON SCHEMA farebox TO farebox_reader;
 
+REVOKE ALL ON FUNCTION farebox.a_lost_hold() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.a_move(_purse farebox.purse, _hold_id uuid, _reference text, _actor text, _reason text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.a_stray_charge() FROM PUBLIC;
@@ -2530,6 +2538,8 @@ GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usag
 
 REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.hold_digest(_row farebox.holds) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;
 
@@ -2562,10 +2572,6 @@ REVOKE ALL ON FUNCTION farebox.price_rows(_body text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _per_request bigint) FROM PUBLIC;
 
-GRANT SELECT ON TABLE farebox.seals TO farebox_control;
-
-REVOKE ALL ON FUNCTION farebox.provisional_as_sealed(_seal farebox.seals) FROM PUBLIC;
-
 REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_control;
@@ -2593,6 +2599,8 @@ GRANT ALL ON FUNCTION farebox.schema_version(OUT number integer, OUT serves_from
 
 REVOKE ALL ON FUNCTION farebox.seal(_rows integer, _pause interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.seal(_rows integer, _pause interval) TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.seals TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) FROM PUBLIC;
 

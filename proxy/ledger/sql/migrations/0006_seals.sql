@@ -3,7 +3,8 @@
 
 -- Of each account a chain of blocks: the transfers since the block before up to last_version, and holds that ended
 -- since. head covers the block and the head before it, so that no row can change, vanish or appear in a block unseen.
--- A provisional end may be trued up yet: its digest counts for as long as the hold stays provisional.
+-- A digest for each hold, in the order of hold_ids. A provisional end may be trued up yet: its digest counts for as long
+-- as the hold stays provisional.
 -- ended_to: the latest end of a hold in the block; NULL where there is none.
 CREATE TABLE farebox.seals (
     account_id uuid NOT NULL,
@@ -11,7 +12,7 @@ CREATE TABLE farebox.seals (
     last_version bigint NOT NULL CHECK (last_version >= 0),
     transfers_digest bytea NOT NULL,
     hold_ids uuid[] NOT NULL,
-    holds_digest bytea NOT NULL,
+    hold_digests bytea[] NOT NULL,
     provisional_ids uuid[] NOT NULL,
     provisional_digests bytea[] NOT NULL,
     ended_to timestamptz,

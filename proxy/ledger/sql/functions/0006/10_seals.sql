@@ -23,16 +23,22 @@ LANGUAGE sql STABLE PARALLEL SAFE AS $$
     ))
 $$;
 
+-- Half of a SHA-512, which PostgreSQL computes faster than a SHA-256 where nothing but the processor helps.
+CREATE FUNCTION farebox.hold_digest(_row farebox.holds) RETURNS bytea
+LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT substring(sha512(farebox.hold_bytes(_row)) FOR 32)
+$$;
+
 CREATE FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) RETURNS bytea
 LANGUAGE sql STABLE PARALLEL SAFE AS $$
     SELECT sha256(record_send(ROW(
         'farebox seal 1'::text, _before, _seal.account_id, _seal.number, _seal.last_version, _seal.transfers_digest,
-        _seal.hold_ids, _seal.holds_digest, _seal.provisional_ids, _seal.provisional_digests, _seal.ended_to,
+        _seal.hold_ids, _seal.hold_digests, _seal.provisional_ids, _seal.provisional_digests, _seal.ended_to,
         _seal.sealed_at
     )))
 $$;
 
--- Of transfers in the order of their versions. SHA-512, being the faster one where nothing but the processor helps.
+-- Of transfers in the order of their versions.
 CREATE FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint, _upto bigint, OUT digest bytea, OUT rows bigint)
 LANGUAGE sql STABLE PARALLEL SAFE AS $$
     SELECT sha512(coalesce(string_agg(farebox.transfer_bytes(t), '' ORDER BY t.version), '')), count(*)
@@ -91,13 +97,13 @@ BEGIN
     ), holds AS (
         SELECT e.account_id,
                coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.state <> 'provisional'), '{}') AS ids,
-               sha512(coalesce(
-                   string_agg(farebox.hold_bytes(e::farebox.holds), '' ORDER BY e.id)
-                       FILTER (WHERE e.state <> 'provisional'), ''
-               )) AS digest,
+               coalesce(
+                   array_agg(farebox.hold_digest(e::farebox.holds) ORDER BY e.id)
+                       FILTER (WHERE e.state <> 'provisional'), '{}'
+               ) AS digests,
                coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.state = 'provisional'), '{}') AS provisional_ids,
                coalesce(
-                   array_agg(sha512(farebox.hold_bytes(e::farebox.holds)) ORDER BY e.id)
+                   array_agg(farebox.hold_digest(e::farebox.holds) ORDER BY e.id)
                        FILTER (WHERE e.state = 'provisional'), '{}'
                ) AS provisional_digests,
                max(e.ended_at) AS ended_to
@@ -124,7 +130,7 @@ BEGIN
                    AS last_version,
                CASE WHEN t.rows = b.upto - coalesce(l.last_version, 0) THEN t.digest ELSE sha512('') END AS digest,
                coalesce(l.last_version, 0) AS after,
-               coalesce(h.ids, '{}') AS hold_ids, coalesce(h.digest, sha512('')) AS holds_digest,
+               coalesce(h.ids, '{}') AS hold_ids, coalesce(h.digests, '{}') AS hold_digests,
                coalesce(h.provisional_ids, '{}') AS provisional_ids,
                coalesce(h.provisional_digests, '{}') AS provisional_digests, h.ended_to
           FROM behind b
@@ -137,10 +143,10 @@ BEGIN
                  ON b.account_id IS NOT NULL
     ), written AS (
         INSERT INTO farebox.seals
-        SELECT m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.holds_digest, m.provisional_ids,
+        SELECT m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.hold_digests, m.provisional_ids,
                m.provisional_digests, m.ended_to, statement_timestamp(),
                farebox.seal_head(m.before, ROW(
-                   m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.holds_digest, m.provisional_ids,
+                   m.account_id, m.number, m.last_version, m.digest, m.hold_ids, m.hold_digests, m.provisional_ids,
                    m.provisional_digests, m.ended_to, statement_timestamp(), NULL
                )::farebox.seals)
           FROM made m

@@ -16,9 +16,6 @@ CREATE TYPE farebox.audit_stretch AS (
     seals bigint,
     altered bigint,
     altered_in bigint,
-    holds bigint,
-    holds_altered bigint,
-    holds_altered_in bigint,
     unlinked bigint,
     unlinked_at bigint
 );
@@ -37,21 +34,7 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     END
 $$;
 
-CREATE FUNCTION farebox.provisional_as_sealed(_seal farebox.seals) RETURNS boolean
-LANGUAGE sql STABLE PARALLEL SAFE AS $$
-    SELECT NOT EXISTS (
-        SELECT FROM unnest(_seal.provisional_ids, _seal.provisional_digests) AS p (id, digest)
-          LEFT JOIN farebox.holds h ON h.id = p.id
-         WHERE CASE h.state
-                   WHEN 'provisional' THEN sha512(farebox.hold_bytes(h)) <> p.digest
-                   -- Trued up since: its end is under a later seal, or will be.
-                   WHEN 'final' THEN false
-                   ELSE true
-               END
-    )
-$$;
-
--- The transfers and holds under the seals from number _first on, _seals of them; _first NULL: the transfers after the
+-- The transfers under the seals from number _first on, _seals of them; _first NULL: the transfers after the
 -- last seal. plpgsql, since it keeps its plans; a stretch a call, so that Postgres can spread calls over processes.
 CREATE FUNCTION farebox.audit_stretch(_account_id uuid, _first bigint, _seals integer) RETURNS farebox.audit_stretch
 LANGUAGE plpgsql STABLE PARALLEL SAFE COST 50000
@@ -102,32 +85,22 @@ BEGIN
           FROM chained c
          WHERE c.version > coalesce(before.last_version, 0)
          GROUP BY 1
-    ), held AS MATERIALIZED (
-        SELECT s.number, sha512(string_agg(farebox.hold_bytes(h), '' ORDER BY h.id)) AS digest
-          FROM farebox.seals s, unnest(s.hold_ids) AS u (hold_id) JOIN farebox.holds h ON h.id = u.hold_id
-         WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
-         GROUP BY s.number
     )
     SELECT sum(b.transfers), min(b.first), max(b.last), sum(b.balance), sum(b.debt), sum(b.charges),
            sum(b.unchained), min(b.unchained_at), sum(b.misnamed), min(b.misnamed_at),
            count(s.number),
            count(*) FILTER (WHERE s.transfers_digest <> coalesce(b.digest, sha512(''))),
            min(s.number) FILTER (WHERE s.transfers_digest <> coalesce(b.digest, sha512(''))),
-           sum(s.holds),
-           count(*) FILTER (WHERE NOT s.holds_kept), min(s.number) FILTER (WHERE NOT s.holds_kept),
            count(*) FILTER (WHERE NOT s.linked), min(s.number) FILTER (WHERE NOT s.linked)
       INTO found
       FROM blocks b
       FULL JOIN (
                SELECT s.number, s.transfers_digest, row_number() OVER w - 1 AS block,
-                      cardinality(s.hold_ids) + cardinality(s.provisional_ids) AS holds,
-                      s.holds_digest = coalesce(d.digest, sha512(''))
-                          AND (s.provisional_ids = '{}' OR farebox.provisional_as_sealed(s)) AS holds_kept,
                       s.head = farebox.seal_head(lag(s.head, 1, before.head) OVER w, s)
                           AND s.number = lag(s.number, 1, coalesce(before.number, 0)) OVER w + 1
                           AND s.last_version >= lag(s.last_version, 1, coalesce(before.last_version, 0)) OVER w
                           AS linked
-                 FROM farebox.seals s LEFT JOIN held d USING (number)
+                 FROM farebox.seals s
                 WHERE s.account_id = _account_id AND s.number >= _first AND s.number < _first + _seals
                WINDOW w AS (ORDER BY s.number)
            ) AS s ON s.block = b.block;
@@ -200,11 +173,9 @@ BEGIN
     ), transfers AS (
         SELECT coalesce(sum(u.transfers), 0) AS checked, coalesce(sum(u.seals), 0) AS seals,
                coalesce(sum(u.transfers) FILTER (WHERE u.seals > 0), 0) AS sealed,
-               coalesce(sum(u.holds), 0) AS sealed_holds,
                coalesce(sum(u.unchained), 0) AS v6, min(u.account_id || '-' || u.unchained_at) AS e6,
                coalesce(sum(u.misnamed), 0) AS v7, min(u.account_id || '-' || u.misnamed_at) AS e7,
                coalesce(sum(u.altered), 0) AS v8, min(u.account_id || ' seal ' || u.altered_in) AS e8,
-               coalesce(sum(u.holds_altered), 0) AS v9, min(u.account_id || ' seal ' || u.holds_altered_in) AS e9,
                coalesce(sum(u.unlinked), 0) AS v10, min(u.account_id || ' seal ' || u.unlinked_at) AS e10
           FROM units u
     ), strays AS MATERIALIZED (
@@ -226,7 +197,6 @@ BEGIN
                ('every_transfer_has_its_place', t.checked + s.transfers, abs(s.transfers),
                 CASE WHEN s.transfers <> 0 THEN farebox.a_stray_transfer() END),
                ('sealed_transfers_are_as_they_were', t.sealed, t.v8, t.e8),
-               ('sealed_holds_are_as_they_were', t.sealed_holds, t.v9, t.e9),
                ('seals_chain_from_block_to_block', t.seals + s.seals, t.v10 + abs(s.seals),
                 coalesce(t.e10, CASE WHEN s.seals <> 0 THEN farebox.a_stray_seal() END))
            ) AS v (name, checked, violations, example);

@@ -1,4 +1,4 @@
--- Holds, in one pass: each against its transfers, its state, and what its usage costs at its price.
+-- Holds, in one pass: each against its transfers, its state, what its usage costs at its price, and its seals.
 CREATE FUNCTION farebox.audit_holds() RETURNS SETOF farebox.audit_check
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
@@ -12,8 +12,22 @@ BEGIN
                farebox.ended_so(h) AS ended_so,
                h.state = 'open' OR farebox.priced_so(h, p.rates, p.per_request) AS priced,
                h.state = 'open' OR h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL
-                   OR h.charge <= h.amount AS within_hold
+                   OR h.charge <= h.amount AS within_hold,
+               (s.id IS NOT NULL)::integer + (v.id IS NOT NULL)::integer AS seals,
+               (s.id IS NULL OR s.digest = farebox.hold_digest(h)) AND CASE
+                   WHEN v.id IS NULL THEN true
+                   WHEN h.state = 'provisional' THEN v.digest = farebox.hold_digest(h)
+                   -- Trued up since: its end is under a later seal, or will be.
+                   ELSE h.state = 'final'
+               END AS as_sealed
           FROM farebox.holds h
+          LEFT JOIN (
+              SELECT u.id, u.digest FROM farebox.seals s, unnest(s.hold_ids, s.hold_digests) AS u (id, digest)
+          ) AS s ON s.id = h.id
+          LEFT JOIN (
+              SELECT u.id, u.digest
+                FROM farebox.seals s, unnest(s.provisional_ids, s.provisional_digests) AS u (id, digest)
+          ) AS v ON v.id = h.id
           LEFT JOIN farebox.transfers c ON c.hold_id = h.id AND c.account_id = h.account_id AND c.kind = 'charge'
           LEFT JOIN farebox.transfers u ON u.hold_id = h.id AND u.account_id = h.account_id AND u.kind = 'true_up'
           LEFT JOIN (
@@ -27,14 +41,21 @@ BEGIN
           LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
     ), counted AS (
         SELECT count(*) AS checked, count(*) FILTER (WHERE j.ended) AS ended, coalesce(sum(j.transfers), 0) AS transfers,
+               coalesce(sum(j.seals), 0) AS seals,
+               count(*) FILTER (WHERE NOT j.as_sealed) AS v5, (min(j.id::text) FILTER (WHERE NOT j.as_sealed)) AS e5,
                count(*) FILTER (WHERE NOT j.kept) AS v1, (min(j.id::text) FILTER (WHERE NOT j.kept)) AS e1,
                count(*) FILTER (WHERE NOT j.ended_so) AS v2, (min(j.id::text) FILTER (WHERE NOT j.ended_so)) AS e2,
                count(*) FILTER (WHERE NOT j.priced) AS v3, (min(j.id::text) FILTER (WHERE NOT j.priced)) AS e3,
                count(*) FILTER (WHERE NOT j.within_hold) AS v4, (min(j.id::text) FILTER (WHERE NOT j.within_hold)) AS e4
           FROM judged j
     ), strays AS MATERIALIZED (
-        SELECT count(*) - (SELECT c.transfers FROM counted c) AS transfers
-          FROM farebox.transfers t WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+        SELECT (
+                   SELECT count(*) FROM farebox.transfers t
+                    WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+               ) - c.transfers AS transfers,
+               (SELECT coalesce(sum(cardinality(s.hold_ids) + cardinality(s.provisional_ids)), 0) FROM farebox.seals s)
+                   - c.seals AS seals
+          FROM counted c
     )
     SELECT v.name, v.checked::bigint, v.violations::bigint, v.example
       FROM counted c, strays s,
@@ -42,6 +63,8 @@ BEGIN
                ('every_hold_was_charged_what_its_transfers_say', c.checked, c.v1 + abs(s.transfers),
                 coalesce(c.e1, CASE WHEN s.transfers <> 0 THEN farebox.a_stray_charge() END)),
                ('every_hold_ended_as_its_state_says', c.checked, c.v2, c.e2),
+               ('sealed_holds_are_as_they_were', c.seals + s.seals, c.v5 + abs(s.seals),
+                coalesce(c.e5, CASE WHEN s.seals <> 0 THEN farebox.a_lost_hold() END)),
                ('charges_recompute_from_usage_and_price', c.ended, c.v3, c.e3),
                ('counted_charges_stay_within_their_hold', c.ended, c.v4, c.e4)
            ) AS v (name, checked, violations, example);
@@ -82,4 +105,12 @@ LANGUAGE sql STABLE PARALLEL SAFE AS $$
     SELECT min(t.account_id || '-' || t.version)
       FROM farebox.transfers t LEFT JOIN farebox.holds h ON h.id = t.hold_id AND h.account_id = t.account_id
      WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal') AND h.id IS NULL
+$$;
+
+-- A sealed hold that isn't there. Slow; asked only where there is one.
+CREATE FUNCTION farebox.a_lost_hold() RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT min(u.id::text)
+      FROM farebox.seals s, unnest(s.hold_ids || s.provisional_ids) AS u (id)
+     WHERE NOT EXISTS (SELECT FROM farebox.holds h WHERE h.id = u.id)
 $$;
