@@ -29,6 +29,7 @@ from tests.faults.provider import running_provider
 from tests.faults.restarting import RestartingPostgres
 from tests.faults.scene import FACTOR, open_scene
 from tests.faults.trouble import Found, kill_round, restart_round
+from tests.hostile import slow_readers, slowloris
 from tests.postgres import fresh_database, remove_cluster, running_cluster
 
 KILLS_A_ROUND = 10
@@ -36,6 +37,8 @@ RESTARTS_A_ROUND = 10
 STREAMS = 50
 RESTARTS_FACTOR = 5.0
 POINTS_AT_ONCE = 4
+READERS = 1_000
+SLOW_CONNECTIONS = 2_000
 
 
 @dataclass
@@ -116,11 +119,40 @@ class Chaos:
             await postgres.stop()
         return _filled(row, found)
 
+    async def reading_slowly(self) -> Row:
+        """A crowd that never reads, beside calls that do."""
+        with fresh_database(self.address) as database:
+            found = await slow_readers.measure(
+                database, self._place("readers"), readers=READERS, send_seconds=30, good_calls=400
+            )
+        return Row("slow readers", f"{READERS} that never read", noted=found.report(), wrongs=found.wrongs())
+
+    async def asking_slowly(self) -> Row:
+        """A crowd that never finishes asking, beside calls that do."""
+        with fresh_database(self.address) as database:
+            found = await slowloris.measure(
+                database,
+                self._place("slowloris"),
+                connections=SLOW_CONNECTIONS,
+                receive_seconds=30,
+                trickle_seconds=slowloris.TRICKLE_SECONDS,
+            )
+        return Row(
+            "slowloris", f"{SLOW_CONNECTIONS} that never finish asking", noted=found.report(), wrongs=found.wrongs()
+        )
+
+    def _place(self, name: str) -> Path:
+        place = self.directory / name
+        place.mkdir()
+        return place
+
 
 TRIALS: dict[str, Callable[[Chaos], Awaitable[Row]]] = {
     "failpoints": Chaos.failpoints,
     "kills": Chaos.killing,
     "restarts": Chaos.restarting,
+    "readers": Chaos.reading_slowly,
+    "slowloris": Chaos.asking_slowly,
 }
 
 

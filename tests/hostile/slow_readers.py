@@ -28,6 +28,10 @@ ANSWER_BYTES = 10 * 1024 * 1024
 RECEIVE_BUFFER_BYTES = 4096
 SEND_BUFFER_BYTES = 64 * 1024
 GOOD_TOKENS = 20
+WAVE = 50
+BYTES_EACH_MAX = 256 * 1024
+# A thousand requests at once take a while to be read, and only then does the time of the last begin.
+LATE_SECONDS_MAX = 30.0
 
 
 @dataclass
@@ -54,6 +58,17 @@ class Findings:
     @property
     def bytes_each(self) -> float:
         return (self.rss_stalled - self.rss_before) / self.readers
+
+    def wrongs(self) -> list[str]:
+        """What is not as promised. What the good calls took is told, not judged: others may be busy on this machine."""
+        late = max(self.aborted_after) - self.send_seconds
+        judged = {
+            f"{self.bytes_each / 1024:.0f} KiB each": self.bytes_each > BYTES_EACH_MAX,
+            f"aborted {late:.0f} s after the limit": late > LATE_SECONDS_MAX,
+            f"{self.open_holds} holds left open": self.open_holds > 0,
+            f"{self.descriptors_after} descriptors left": self.descriptors_after > 50,
+        }
+        return [wrong for wrong, found in judged.items() if found]
 
     def report(self) -> str:
         return (
@@ -125,12 +140,16 @@ async def measure(
             found.alone = await _good_calls(server, good, good_calls)
             found.rss_before, descriptors = server.rss_bytes(), server.descriptors()
             watching = asyncio.create_task(_watch(server, found))
-            crowding = asyncio.gather(*(_never_read(server, crowd) for _ in range(readers)))
-            await _until_open(operator, crowd, readers)
+            crowding: list[asyncio.Task[float]] = []
+            while len(crowding) < readers:
+                # In waves: a thousand at the same moment would find out how many can be admitted in a moment.
+                wave = min(WAVE, readers - len(crowding))
+                crowding += [asyncio.create_task(_never_read(server, crowd)) for _ in range(wave)]
+                await _until_open(operator, crowd, len(crowding))
             await _until_stalled(server)
             found.beside = await _good_calls(server, good, good_calls)
             found.rss_stalled = server.rss_bytes()
-            found.aborted_after = await crowding
+            found.aborted_after = await asyncio.gather(*crowding)
             watching.cancel()
             await _until_settled(operator, crowd)
             await _good_calls(server, good, 50)

@@ -25,6 +25,7 @@ from tests.postgres import Database, fresh_database, remove_cluster, running_clu
 __all__ = ["Findings", "measure"]
 
 TRICKLE_SECONDS = 1.0
+LATE_SECONDS_MAX = 5.0
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: farebox\r\n"
 
 
@@ -42,6 +43,18 @@ class Findings:
     descriptors_peak: int = 0
     descriptors_after: int = 0
     rss_growth_bytes: int = 0
+
+    def wrongs(self) -> list[str]:
+        """What is not as promised."""
+        closed = sum(map(len, self.closed_after.values()))
+        longest = max(max(times) for times in self.closed_after.values())
+        judged = {
+            f"{self.connections - closed} connections were never closed": closed < self.connections,
+            f"one was closed after {longest:.0f} s": longest > self.receive_seconds + LATE_SECONDS_MAX,
+            f"good calls were answered {dict(self.good)}": set(self.good) != {200},
+            f"{self.descriptors_after} descriptors left": self.descriptors_after > 20,
+        }
+        return [wrong for wrong, found in judged.items() if found]
 
     def report(self) -> str:
         manners = "; ".join(
