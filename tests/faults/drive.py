@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from proxy.ledger.audit import book_state
 from proxy.ledger.connect import Role, connect
 from proxy.ledger.migrate import schema_state
 from proxy.local.postgres import APP, OWNER
@@ -44,6 +45,8 @@ async def die_and_recover(scene: Scene, point: Point) -> list[str]:
         wrongs += await _come_to_its_charge(scene, point, customer, call)
     if call is not None and call.word is not None:
         wrongs += await _said_again(scene, point, again, customer, call)
+    if point.scene == "sealed":
+        wrongs += await _sealed(scene, point)
     again.signal(signal.SIGTERM)
     if (status := await again.ended()) != 0:
         wrongs.append(f"the process that came after {point.label} ended with {status}: {again.errors[-1000:]}")
@@ -79,6 +82,20 @@ async def _serves(scene: Scene, point: Point, process: Process, customer: Custom
             told = process.errors[-1500:]
             return [f"after {point.label} a call is {call.outcome} ({call.status}, {call.code}): {told}"]
         await asyncio.sleep(0.5)
+
+
+async def _sealed(scene: Scene, point: Point) -> list[str]:
+    """The sealing goes on where it was left."""
+    deadline = time.monotonic() + SERVED_SECONDS_MAX
+    connection = await connect(scene.database.owner)
+    try:
+        while (state := await book_state(connection)).unsealed:
+            if time.monotonic() > deadline:
+                return [f"after {point.label} the book stays unsealed: {state}"]
+            await asyncio.sleep(0.2)
+    finally:
+        await connection.close()
+    return [] if state.transfers else [f"after {point.label} there is no book"]
 
 
 async def _come_to_its_charge(scene: Scene, point: Point, customer: Customer, call: Call) -> list[str]:
@@ -207,6 +224,7 @@ _SCENES: Mapping[str, Drive] = {
     "whole": _answered(Answer(words=15), stream=False),
     "refused": _answered(Answer(status=503)),
     "start": _start,
+    "sealed": _answered(Answer(words=3)),
     "stop": _stop,
     "stopped": _stopped,
     "sweep": _sweep,

@@ -33,6 +33,7 @@ import asyncpg
 from proxy import app as composition
 from proxy.cli import app as command
 from proxy.gateway import tokens
+from proxy.ledger.bookkeeper import Bookkeeper
 from tests.faults.points import POINTS, Moment, Point, Seen
 
 _DOOMED: ContextVar[bool] = ContextVar("doomed", default=False)
@@ -93,6 +94,8 @@ def hurry(factor: float) -> None:
     shorter = replace(usual, **{field.name: getattr(usual, field.name) / factor for field in fields(usual)})
     # What the composition root makes where it is given none.
     composition.Timing = lambda: shorter  # type: ignore[assignment,misc]
+    rounds: Any = Bookkeeper.__init__.__kwdefaults__
+    rounds.update({name: rounds[name] / factor for name in ("seal_seconds", "audit_seconds")})
 
 
 # The ways to be wrapped.

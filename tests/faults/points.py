@@ -137,6 +137,8 @@ _CLOSING = frozenset({"open", "final"})
 
 _WRITE = "proxy.ledger.journal_files:JournalFile.write_at"
 _SYNC = "proxy.ledger.journal_files:JournalFile.sync"
+_SEAL = "proxy.ledger.bookkeeper:seal"
+_LOOK = "proxy.ledger.bookkeeper:audit_since_last"
 _CLAIM = "proxy.ledger.idempotency:IdempotencyLedger.claim"
 
 _B, _A, _U, _F = Moment.BEFORE, Moment.AFTER, Moment.UNDER_WAY, Moment.IN_FLIGHT
@@ -233,6 +235,12 @@ _ALL = (
     Point("sweep.unsent", "sweep", _EXPIRE, _B, _OPEN, Owes.MARK),
     Point("sweep.in_flight", "sweep", _EXPIRE, _F, _OPEN | _PROVISIONAL, Owes.MARK),
     Point("sweep.committed", "sweep", _EXPIRE, _A, _PROVISIONAL, Owes.MARK, when=_found_some),
+    # It seals the book, and audits what is new.
+    Point("seal.unsent", "sealed", _SEAL, _B, _CLOSING, Owes.MARK),
+    Point("seal.in_flight", "sealed", _SEAL, _F, _CLOSING, Owes.MARK),
+    Point("seal.committed", "sealed", _SEAL, _A, _CLOSING, Owes.MARK, when=_found_some),
+    Point("seal.auditing", "sealed", _LOOK, _F, _CLOSING, Owes.MARK),
+    Point("seal.audited", "sealed", _LOOK, _A, _CLOSING, Owes.MARK, when=_found_some),
     # The schema is made.
     Point("migrate.roles", "migrate", "proxy.ledger.migrate:_ensure_roles", _A),
     Point("migrate.locked", "migrate", "proxy.ledger.migrate:_ensure_schema", _B),
