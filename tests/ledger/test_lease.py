@@ -174,10 +174,13 @@ async def test_after_a_renewal_that_failed_the_next_one_carries_no_marks() -> No
 async def test_a_machine_that_slept_has_lost_its_lease_though_no_timer_ran() -> None:
     fake, owner = FakeLedger(), Owner()
     async with leased(fake, owner) as lease:
-        lease._renew_seconds = 3600.0  # it would renew at once, and the lapse be as short as that
+        # A long lease, whose own timer wouldn't run for an hour; and no renewal, that it would be saved by.
+        lease._lease_seconds = 3600.0
+        await fake.until(lambda: len(fake.beats) > 1)
+        lease._renew_seconds = 3600.0
         await asyncio.sleep(0.1)
         assert lease.held()
-        owner.slept += 3600
+        owner.slept += 7200
         assert not lease.held(), "known at once, by the clock"
         await fake.until(lambda: owner.lapses)
     assert owner.lapses == 1
