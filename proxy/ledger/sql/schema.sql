@@ -357,51 +357,13 @@ CREATE FUNCTION farebox.audit_holds() RETURNS SETOF farebox.audit_check
     AS $$
 BEGIN
     RETURN QUERY
-    WITH judged AS (
-        SELECT h.id, h.state <> 'open' AS ended,
-               (c.version IS NOT NULL)::integer + (u.version IS NOT NULL)::integer + coalesce(r.rows, 0) AS transfers,
-               coalesce(h.charge, 0)
-                   = coalesce(c.amount, 0) + coalesce(CASE u.account_side WHEN 'debit' THEN u.amount ELSE -u.amount END, 0)
-                   AND h.overrun = coalesce(r.overrun, 0) AND h.reversed = coalesce(r.reversed, 0) AS kept,
-               farebox.ended_so(h) AS ended_so,
-               h.state = 'open' OR farebox.priced_so(h, p.rates, p.per_request) AS priced,
-               h.state = 'open' OR h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL
-                   OR h.charge <= h.amount AS within_hold,
-               (s.id IS NOT NULL)::integer + (v.id IS NOT NULL)::integer AS seals,
-               (s.id IS NULL OR s.digest = farebox.hold_digest(h)) AND CASE
-                   WHEN v.id IS NULL THEN true
-                   WHEN h.state = 'provisional' THEN v.digest = farebox.hold_digest(h)
-                   -- Trued up since: its end is under a later seal, or will be.
-                   ELSE h.state = 'final'
-               END AS as_sealed
-          FROM farebox.holds h
-          LEFT JOIN (
-              SELECT u.id, u.digest FROM farebox.seals s, unnest(s.hold_ids, s.hold_digests) AS u (id, digest)
-          ) AS s ON s.id = h.id
-          LEFT JOIN (
-              SELECT u.id, u.digest
-                FROM farebox.seals s, unnest(s.provisional_ids, s.provisional_digests) AS u (id, digest)
-          ) AS v ON v.id = h.id
-          LEFT JOIN farebox.transfers c ON c.hold_id = h.id AND c.account_id = h.account_id AND c.kind = 'charge'
-          LEFT JOIN farebox.transfers u ON u.hold_id = h.id AND u.account_id = h.account_id AND u.kind = 'true_up'
-          LEFT JOIN (
-              SELECT t.hold_id, t.account_id, count(*) AS rows,
-                     coalesce(sum(t.amount) FILTER (WHERE t.kind = 'overrun'), 0) AS overrun,
-                     coalesce(sum(t.amount) FILTER (WHERE t.kind = 'reversal'), 0) AS reversed
-                FROM farebox.transfers t
-               WHERE t.kind IN ('overrun', 'reversal')
-               GROUP BY t.hold_id, t.account_id
-          ) AS r ON r.hold_id = h.id AND r.account_id = h.account_id
-          LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
-    ), counted AS (
+    WITH counted AS MATERIALIZED (
         SELECT count(*) AS checked, count(*) FILTER (WHERE j.ended) AS ended, coalesce(sum(j.transfers), 0) AS transfers,
                coalesce(sum(j.seals), 0) AS seals,
-               count(*) FILTER (WHERE NOT j.as_sealed) AS v5, (min(j.id::text) FILTER (WHERE NOT j.as_sealed)) AS e5,
-               count(*) FILTER (WHERE NOT j.kept) AS v1, (min(j.id::text) FILTER (WHERE NOT j.kept)) AS e1,
-               count(*) FILTER (WHERE NOT j.ended_so) AS v2, (min(j.id::text) FILTER (WHERE NOT j.ended_so)) AS e2,
-               count(*) FILTER (WHERE NOT j.priced) AS v3, (min(j.id::text) FILTER (WHERE NOT j.priced)) AS e3,
-               count(*) FILTER (WHERE NOT j.within_hold) AS v4, (min(j.id::text) FILTER (WHERE NOT j.within_hold)) AS e4
-          FROM judged j
+               count(*) FILTER (WHERE NOT j.kept) AS v1, count(*) FILTER (WHERE NOT j.ended_so) AS v2,
+               count(*) FILTER (WHERE NOT j.priced) AS v3, count(*) FILTER (WHERE NOT j.within_hold) AS v4,
+               count(*) FILTER (WHERE NOT j.as_sealed) AS v5
+          FROM farebox.judged_holds() AS j
     ), strays AS MATERIALIZED (
         SELECT (
                    SELECT count(*) FROM farebox.transfers t
@@ -415,12 +377,22 @@ BEGIN
       FROM counted c, strays s,
            LATERAL (VALUES
                ('every_hold_was_charged_what_its_transfers_say', c.checked, c.v1 + abs(s.transfers),
-                coalesce(c.e1, CASE WHEN s.transfers <> 0 THEN farebox.a_stray_charge() END)),
-               ('every_hold_ended_as_its_state_says', c.checked, c.v2, c.e2),
+                coalesce(CASE WHEN c.v1 > 0 THEN (
+                    SELECT min(j.id::text) FROM farebox.judged_holds() AS j WHERE NOT j.kept
+                ) END, CASE WHEN s.transfers <> 0 THEN farebox.a_stray_charge() END)),
+               ('every_hold_ended_as_its_state_says', c.checked, c.v2, CASE WHEN c.v2 > 0 THEN (
+                    SELECT min(j.id::text) FROM farebox.judged_holds() AS j WHERE NOT j.ended_so
+                ) END),
                ('sealed_holds_are_as_they_were', c.seals + s.seals, c.v5 + abs(s.seals),
-                coalesce(c.e5, CASE WHEN s.seals <> 0 THEN farebox.a_lost_hold() END)),
-               ('charges_recompute_from_usage_and_price', c.ended, c.v3, c.e3),
-               ('counted_charges_stay_within_their_hold', c.ended, c.v4, c.e4)
+                coalesce(CASE WHEN c.v5 > 0 THEN (
+                    SELECT min(j.id::text) FROM farebox.judged_holds() AS j WHERE NOT j.as_sealed
+                ) END, CASE WHEN s.seals <> 0 THEN farebox.a_lost_hold() END)),
+               ('charges_recompute_from_usage_and_price', c.ended, c.v3, CASE WHEN c.v3 > 0 THEN (
+                    SELECT min(j.id::text) FROM farebox.judged_holds() AS j WHERE NOT j.priced
+                ) END),
+               ('counted_charges_stay_within_their_hold', c.ended, c.v4, CASE WHEN c.v4 > 0 THEN (
+                    SELECT min(j.id::text) FROM farebox.judged_holds() AS j WHERE NOT j.within_hold
+                ) END)
            ) AS v (name, checked, violations, example);
 END
 $$;
@@ -1481,6 +1453,46 @@ CREATE FUNCTION farebox.hold_digest(_row farebox.holds) RETURNS bytea
     SELECT substring(sha512(farebox.hold_bytes(_row)) FOR 32)
 $$;
 
+CREATE FUNCTION farebox.judged_holds() RETURNS TABLE(id uuid, ended boolean, transfers bigint, kept boolean, ended_so boolean, priced boolean, within_hold boolean, seals integer, as_sealed boolean)
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT h.id, h.state <> 'open' AS ended,
+           (c.version IS NOT NULL)::integer + (u.version IS NOT NULL)::integer + coalesce(r.rows, 0) AS transfers,
+           coalesce(h.charge, 0)
+               = coalesce(c.amount, 0) + coalesce(CASE u.account_side WHEN 'debit' THEN u.amount ELSE -u.amount END, 0)
+               AND h.overrun = coalesce(r.overrun, 0) AND h.reversed = coalesce(r.reversed, 0) AS kept,
+           farebox.ended_so(h) AS ended_so,
+           h.state = 'open' OR farebox.priced_so(h, p.rates, p.per_request) AS priced,
+           h.state = 'open' OR h.usage_source IS DISTINCT FROM 'counted' OR h.fingerprint IS NULL
+               OR h.charge <= h.amount AS within_hold,
+           (s.id IS NOT NULL)::integer + (v.id IS NOT NULL)::integer AS seals,
+           (s.id IS NULL OR s.digest = farebox.hold_digest(h)) AND CASE
+               WHEN v.id IS NULL THEN true
+               WHEN h.state = 'provisional' THEN v.digest = farebox.hold_digest(h)
+               -- Trued up since: its end is under a later seal, or will be.
+               ELSE h.state = 'final'
+           END AS as_sealed
+      FROM farebox.holds h
+      LEFT JOIN (
+          SELECT u.id, u.digest FROM farebox.seals s, unnest(s.hold_ids, s.hold_digests) AS u (id, digest)
+      ) AS s ON s.id = h.id
+      LEFT JOIN (
+          SELECT u.id, u.digest
+            FROM farebox.seals s, unnest(s.provisional_ids, s.provisional_digests) AS u (id, digest)
+      ) AS v ON v.id = h.id
+      LEFT JOIN farebox.transfers c ON c.hold_id = h.id AND c.account_id = h.account_id AND c.kind = 'charge'
+      LEFT JOIN farebox.transfers u ON u.hold_id = h.id AND u.account_id = h.account_id AND u.kind = 'true_up'
+      LEFT JOIN (
+          SELECT t.hold_id, t.account_id, count(*) AS rows,
+                 coalesce(sum(t.amount) FILTER (WHERE t.kind = 'overrun'), 0) AS overrun,
+                 coalesce(sum(t.amount) FILTER (WHERE t.kind = 'reversal'), 0) AS reversed
+            FROM farebox.transfers t
+           WHERE t.kind IN ('overrun', 'reversal')
+           GROUP BY t.hold_id, t.account_id
+      ) AS r ON r.hold_id = h.id AND r.account_id = h.account_id
+      LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
+$$;
+
 CREATE FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -2539,6 +2551,8 @@ GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usag
 REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.hold_digest(_row farebox.holds) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.judged_holds() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;
