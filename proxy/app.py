@@ -39,6 +39,7 @@ from proxy.gateway.marks import Marks
 from proxy.gateway.measured import MeasuredLedger
 from proxy.gateway.relay import Relay
 from proxy.gateway.settle import Settler
+from proxy.gateway.steps import Stepper, StepSettings
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream import HttpClient
 from proxy.gateway.upstream_keys import UpstreamKeys
@@ -250,6 +251,8 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
         ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, journaling, stack)
         control_dsn = settings.database_url_of("control") or dsn
+        steps = StepSettings(settings.hold_step_tokens, settings.affordable_cap_tokens_min, settings.reserve_seconds)
+        stepper = Stepper(ledger, own=settler.own, metrics=metrics, settings=steps)
         control = await create_pool(control_dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
         _keep_the_book(control_dsn, metrics, stack)
@@ -259,7 +262,9 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         keys = UpstreamKeys(environment(), settings.upstreams.parent)
         http = HttpClient()
         stack.push_async_callback(http.close)
-        relay = Relay(http, settler, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds)
+        relay = Relay(
+            http, settler, stepper, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds
+        )
         metrics.watch(drains=lambda: len(relay.drains))
         chat = Chat(
             catalog=catalog.holder,
@@ -271,6 +276,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             lease_held=lease.held,
             worker_id=lease.worker_id,
             settler=settler,
+            stepper=stepper,
             relay=relay,
             idempotency=await _idempotency(settings, dsn, lease.worker_id, metrics, stack),
             dialects=DIALECTS,

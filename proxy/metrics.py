@@ -32,6 +32,7 @@ ROUTES = (
 
 LEDGER_OPERATIONS = (
     "reserve",
+    "extend",
     "finalize",
     "release",
     "batch",
@@ -42,9 +43,10 @@ LEDGER_OPERATIONS = (
 CLAIM_OUTCOMES = ("claimed", "running", "finished", "replayed", "mismatch")
 """What became of requests with an Idempotency-Key."""
 
-DEPARTURES = ("read_on", "unsent", "refused", "on_disconnect", "drain_seconds", "drain_tokens", "drains_max")
+DEPARTURES = ("read_on", "unsent", "refused", "on_disconnect", "drain_seconds", "drain_tokens", "drains_max", "hold")
 """The values of the label ``outcome``: what became of an answer whose client left, or what cut it off."""
 
+_EXTENSION_OUTCOMES = ("extended", "insufficient", "spend_limit", "credits_held", "failed", "other")
 _SOURCES = ("reported", "partly_counted", "counted")
 _FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _CALL_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -104,6 +106,19 @@ class Metrics:
         """A reserve was granted ``amount`` microcredits."""
         self._reserved.inc(amount)
         self._open_holds.inc()
+
+    def hold_extended(self, amount: int) -> None:
+        """A hold grew by ``amount`` microcredits while its answer ran."""
+        self._reserved.inc(amount)
+        self._extensions["extended"].inc()
+
+    def hold_not_extended(self, outcome: str) -> None:
+        """A hold didn't grow; ``outcome`` is an ``ExtendOutcome``, or ``failed`` where the ledger didn't say."""
+        self._extensions.get(outcome, self._extensions["other"]).inc()
+
+    def answer_not_held(self, reason: str) -> None:
+        """An answer was ended since its hold couldn't grow: ``out_of_credits``, ``spend_limit`` or ``ledger_lost``."""
+        self._not_held[reason].inc()
 
     def hold_charged(self, *, charge: int, released: int, overrun: int = 0) -> None:
         """A hold ended with a charge. ``overrun`` is the part of the charge that became debt; all in microcredits."""
@@ -258,6 +273,12 @@ class Metrics:
         self._reserved = self._counter("reserved_microcredits_total", "Microcredits reserved.")
         self._charged = self._counter("charged_microcredits_total", "Microcredits charged.")
         self._released = self._counter("released_microcredits_total", "Microcredits reserved and given back.")
+        extensions = self._counter("hold_extensions_total", "Growths of holds that were asked for.", ("outcome",))
+        self._extensions = {outcome: extensions.labels(outcome) for outcome in _EXTENSION_OUTCOMES}
+        not_held = self._counter("answers_not_held_total", "Answers ended since their hold couldn't grow.", ("reason",))
+        self._not_held = {
+            reason: not_held.labels(reason) for reason in ("out_of_credits", "spend_limit", "ledger_lost")
+        }
         self._overruns = self._counter("overruns_total", "Charges that the account could not carry: they made debt.")
         self._overrun = self._counter("overrun_microcredits_total", "Microcredits that became debt.")
         self._open_holds = self._gauge("open_holds", "Holds that this process opened and has not ended.")

@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     key_pepper: SecretStr | None = None
     """What API keys are hashed under: one text, or several as ``1:TEXT,2:TEXT``; the highest version signs new keys."""
     reserve_seconds: Seconds = 5.0
-    """How long a call waits for the ledger before it is answered 503."""
+    """How long a call waits for the ledger before it is answered 503, and a stream for more credits."""
 
     # What this machine knows before the database does.
     journal_dir: Path | Literal["off"] | None = None
@@ -131,6 +131,8 @@ class Settings(BaseSettings):
     """The status of "out of credits". SDKs retry 429 up to three times."""
     affordable_cap_tokens_min: int = Field(64, ge=1)
     """The least output cap that is sent because a balance is short; below it the call is refused."""
+    hold_step_tokens: int = Field(1_000, ge=0)
+    """With how much output, for each choice, a stream's hold begins at most; 0: its whole maximum is held at once."""
     send_seconds: Seconds = 30.0
     """How long a client may not read before it counts as gone."""
     keepalive_seconds: float = Field(15.0, ge=0, le=3_600)

@@ -10,18 +10,17 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
 import structlog
 
 from proxy.core.bounds import byte_bound, input_bound, input_estimate, output_bound, output_estimate
-from proxy.core.catalog import CatalogHolder, Route, Variant
+from proxy.core.catalog import CatalogHolder
 from proxy.core.chat import ChatRequest
-from proxy.core.meter import Meter
-from proxy.core.money import AMOUNT_MAX, format_credits
-from proxy.core.pricing import Bounds, affordable_output, quote
+from proxy.core.excerpt import Said
+from proxy.core.pricing import Bounds
 from proxy.dialects.dialect import Dialect
 from proxy.gateway.auth import Authenticator, require_model, require_scope
 from proxy.gateway.channel import Abandoned, BrokenOff
@@ -33,9 +32,11 @@ from proxy.gateway.headers import Headers, request_headers
 from proxy.gateway.idempotency import Idempotency, KeptAnswer, idempotency_word
 from proxy.gateway.limits import ClientLeft, Limits, check_headers, read_body
 from proxy.gateway.places import Place, Places
+from proxy.gateway.plan import Cap, Plan
 from proxy.gateway.refusals import NOT_NOW, refusal_for, unavailable
 from proxy.gateway.relay import Order, Relay
 from proxy.gateway.settle import Settler
+from proxy.gateway.steps import Stepper
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream_keys import UpstreamKeys
 from proxy.ledger.errors import JournalFull, LedgerError, LedgerUnavailable
@@ -72,33 +73,6 @@ class ChatSettings:
     key_calls_max: int = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a call may cost. Amounts are microcredits; ``bounds`` are under the cap that was planned with."""
-
-    route: Route
-    variant: Variant
-    price_version: str
-    counted: int | None
-    """The prompt's tokens as counted; None where it couldn't be."""
-    bounds: Bounds
-    want: int
-    floor: int
-    """The quote under the least cap that may be sent instead; ``want`` where the client gave a cap of its own."""
-
-    def at_least(self, key: ApiKey) -> int:
-        """What must be granted: some want no answer rather than a cut one."""
-        return self.floor if key.affordable_cap else self.want
-
-
-@dataclass(frozen=True, slots=True)
-class _Cap:
-    """The output cap, a choice, that is sent because the balance is short (None: none is), and the bounds under it."""
-
-    tokens: int | None
-    bounds: Bounds
-
-
 class Chat:
     """The handler and what it works with."""
 
@@ -114,6 +88,7 @@ class Chat:
         lease_held: Callable[[], bool],
         worker_id: UUID,
         settler: Settler,
+        stepper: Stepper,
         relay: Relay,
         idempotency: Idempotency,
         dialects: Mapping[str, Dialect],
@@ -129,6 +104,7 @@ class Chat:
         self._lease_held = lease_held
         self._worker_id = worker_id
         self._settler = settler
+        self._stepper = stepper
         self._relay = relay
         self._idempotency = idempotency
         self._dialects = dialects
@@ -148,7 +124,7 @@ class Chat:
         except ClientLeft:
             return
         word = idempotency_word(scope["headers"])
-        plan = await self._plan(request)
+        plan = await self._plan(key, request)
         secret = self._keys.key(plan.route.upstream)
         async with Client(scope, receive, send, send_seconds=self._settings.send_seconds) as client:
             claim = None
@@ -157,12 +133,12 @@ class Chat:
             if isinstance(claim, KeptAnswer):
                 await _replay(client, claim, call)
                 return
-            key, reserved = await self._reserve_claimed(claim, key, plan, request, call)
-            cap = _cap(plan, request, reserved.granted)
-            exchange = self._settler.open(self._ticket(key, plan, cap, request, reserved, call))
+            key, reserved = await self._reserve_claimed(claim, key, plan, call)
+            cap = plan.cap(key, reserved)
+            exchange = self._settler.open(self._ticket(key, plan, cap, reserved, call))
             place.pass_on()
             try:
-                order = self._order(scope, key, request, plan, cap, secret)
+                order = self._order(scope, key, plan, cap, secret)
             except BaseException:
                 exchange.close(Ending.FAILED)
                 raise
@@ -190,7 +166,7 @@ class Chat:
         call.facts.update(stream=request.stream)
         return key, request
 
-    async def _plan(self, request: ChatRequest) -> _Plan:
+    async def _plan(self, key: ApiKey, request: ChatRequest) -> Plan:
         """The route, its price, and the most that the call can cost."""
         catalog = self._catalog.current
         route = catalog.route(request.model)
@@ -203,43 +179,48 @@ class Chat:
         cap = request.output_cap or route.output_tokens_max
         bounds = Bounds(
             input=most_in + variant.extra_input_tokens,
-            output=_most_out(cap, request),
+            output=output_bound(cap, request.choices, request.options.prediction_bytes),
             audio_in=request.audio_in,
             audio_out=request.audio_out,
         )
-        # No account owns AMOUNT_MAX, so what costs more is refused like anything that is too dear.
-        want = floor = min(quote(variant.price, bounds), AMOUNT_MAX)
-        if request.output_cap is None:
-            least = min(self._settings.cap_tokens_min, route.output_tokens_max)
-            floor = min(quote(variant.price, replace(bounds, output=_most_out(least, request))), want)
-        return _Plan(route, variant, catalog.version, counted, bounds, want, floor)
+        return Plan(
+            request=request,
+            route=route,
+            variant=variant,
+            price_version=catalog.version,
+            counted=counted,
+            bounds=bounds,
+            first_tokens=self._stepper.first_tokens(key.account_id, variant.price, bounds) if request.stream else None,
+            least_tokens=min(self._settings.cap_tokens_min, cap),
+        )
 
     async def _reserve_claimed(
-        self, claim: Claim | None, key: ApiKey, plan: _Plan, request: ChatRequest, call: Call
+        self, claim: Claim | None, key: ApiKey, plan: Plan, call: Call
     ) -> tuple[ApiKey, Reserved]:
         """Hold the credits. Where that is refused, the word that was claimed for it is free again."""
         try:
-            return await self._reserve(key, plan, request, call)
+            return await self._reserve(key, plan, call)
         except BaseException:
             if claim is not None:
                 self._idempotency.free(claim)
             raise
 
-    async def _reserve(self, key: ApiKey, plan: _Plan, request: ChatRequest, call: Call) -> tuple[ApiKey, Reserved]:
+    async def _reserve(self, key: ApiKey, plan: Plan, call: Call) -> tuple[ApiKey, Reserved]:
         """Hold the credits. Where the key has changed since it was loaded, load it once more and ask again."""
         call.facts.update(model=plan.route.model)
-        reserved = await self._try_reserve(key, plan, request, call.id)
+        reserved = await self._try_reserve(key, plan, call.id)
         if reserved.outcome in (ReserveOutcome.KEY_CHANGED, ReserveOutcome.UNKNOWN):
             key = await self._authenticator.reload(key)
             require_scope(key, "inference")
-            require_model(key, request.model)
-            reserved = await self._try_reserve(key, plan, request, call.id)
+            require_model(key, plan.request.model)
+            reserved = await self._try_reserve(key, plan, call.id)
         if reserved.outcome is not ReserveOutcome.GRANTED:
             raise refusal_for(reserved, plan.at_least(key))
+        self._stepper.saw(key.account_id, reserved.balance - reserved.held)
         return key, reserved
 
-    async def _try_reserve(self, key: ApiKey, plan: _Plan, request: ChatRequest, hold_id: UUID) -> Reserved:
-        want, at_least = plan.want, plan.at_least(key)
+    async def _try_reserve(self, key: ApiKey, plan: Plan, hold_id: UUID) -> Reserved:
+        want, at_least = plan.want(key), plan.at_least(key)
         facts = (hold_id, key.id, key.version, want, at_least, plan.price_version, plan.route.model, plan.variant.name)
         row = Reserve(
             hold_id=hold_id,
@@ -252,7 +233,7 @@ class Chat:
             price_version=plan.price_version,
             model=plan.route.model,
             variant=plan.variant.name,
-            quote=json.dumps(_quote_note(plan, request, at_least)),
+            quote=json.dumps(plan.note(key)),
             fingerprint=hashlib.sha256(repr(facts).encode()).digest(),
         )
         try:
@@ -265,11 +246,9 @@ class Chat:
             log.error("a reserve was rejected", request_id=str(hold_id), exc_info=error)
             raise unavailable("ledger_unavailable", NOT_NOW) from error
 
-    def _ticket(
-        self, key: ApiKey, plan: _Plan, cap: _Cap, request: ChatRequest, reserved: Reserved, call: Call
-    ) -> Ticket:
-        async def count(meter: Meter | None) -> tuple[int, int]:
-            return await self._count(plan, request, meter)
+    def _ticket(self, key: ApiKey, plan: Plan, cap: Cap, reserved: Reserved, call: Call) -> Ticket:
+        async def count(said: Said | None) -> tuple[int, int]:
+            return await self._count(plan, said)
 
         return Ticket(
             hold_id=call.id,
@@ -280,25 +259,26 @@ class Chat:
             variant=plan.variant,
             price_version=plan.price_version,
             bounds=cap.bounds,
-            output_possible=max(plan.bounds.output, _most_out(plan.route.output_tokens_max, request)),
+            output_possible=plan.output_possible,
+            output_beside=plan.output_beside,
             granted=reserved.granted,
-            stream=request.stream,
+            stream=plan.request.stream,
             cap_sent=cap.tokens,
             count=count,
-            on_disconnect=policy_of(plan.route, request),
+            on_disconnect=policy_of(plan.route, plan.request),
         )
 
-    async def _count(self, plan: _Plan, request: ChatRequest, meter: Meter | None) -> tuple[int, int]:
+    async def _count(self, plan: Plan, said: Said | None) -> tuple[int, int]:
         """Tokens of the prompt and of what was said, about as the provider would have reported them."""
         family, model = plan.route.family, plan.route.upstream_model
         counted = plan.counted
         if counted is None:
-            counted = await self._count_patiently(request.texts)
-        prompt = min(input_estimate(family, counted, request, model), plan.bounds.input)
-        if meter is None:
+            counted = await self._count_patiently(plan.request.texts)
+        prompt = min(input_estimate(family, counted, plan.request, model), plan.bounds.input)
+        if said is None:
             return prompt, 0
-        said = meter.scaled(await self._count_patiently(meter.texts()))
-        return prompt, output_estimate(family, said, choices=meter.choices, calls=meter.calls)
+        tokens = said.scaled(await self._count_patiently(said.texts()))
+        return prompt, output_estimate(family, tokens, choices=said.choices, calls=said.calls)
 
     async def _count_patiently(self, texts: "tuple[str, ...] | list[str]") -> int:
         counted = await self._counter.count(texts, budget_seconds=SETTLE_COUNT_SECONDS)
@@ -306,10 +286,8 @@ class Chat:
             return counted
         return sum(len(text.encode(errors="replace")) for text in texts) // BYTES_PER_TOKEN
 
-    def _order(
-        self, scope: Scope, key: ApiKey, request: ChatRequest, plan: _Plan, cap: _Cap, secret: str | None
-    ) -> Order:
-        upstream = plan.route.upstream
+    def _order(self, scope: Scope, key: ApiKey, plan: Plan, cap: Cap, secret: str | None) -> Order:
+        request, upstream = plan.request, plan.route.upstream
         dialect = self._dialects[upstream.dialect]
         encoded = dialect.encode(request, plan.route, cap.tokens)
         headers = dict(request_headers(scope["headers"], key.account_id, encoded.body))
@@ -362,30 +340,3 @@ async def _replay(client: Client, kept: KeptAnswer, call: Call) -> None:
         await client.answer(channel, [*call.headers, *kept.headers])
     except Abandoned:
         return
-
-
-def _most_out(cap: int, request: ChatRequest) -> int:
-    return output_bound(cap, request.choices, request.options.prediction_bytes)
-
-
-def _cap(plan: _Plan, request: ChatRequest, granted: int) -> _Cap:
-    """The cap that follows from what was granted. Only where that is less than the whole is one sent."""
-    if granted >= plan.want:
-        return _Cap(None, plan.bounds)
-    output = affordable_output(plan.variant.price, plan.bounds, granted)
-    tokens = output // request.choices - request.options.prediction_bytes
-    return _Cap(tokens, replace(plan.bounds, output=_most_out(tokens, request)))
-
-
-def _quote_note(plan: _Plan, request: ChatRequest, at_least: int) -> dict[str, object]:
-    """What the receipt tells of the quote."""
-    return {
-        "quote": format_credits(plan.want),
-        "at_least": format_credits(at_least),
-        "input_tokens_max": plan.bounds.input,
-        "output_tokens_max": plan.bounds.output,
-        "input_counted": plan.counted,
-        "choices": request.choices,
-        "cap_of_client": request.output_cap,
-        "cap_of_route": plan.route.output_tokens_max,
-    }

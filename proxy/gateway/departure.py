@@ -31,6 +31,9 @@ __all__ = ["CutBy", "Departure", "Drains", "policy_of", "unseen_reasoning"]
 REPORT_SECONDS = 5.0
 
 
+_CUT_OFF = frozenset({Ending.CLIENT_LEFT_CUT, Ending.OUT_OF_CREDITS, Ending.SPEND_LIMIT})
+
+
 class CutBy(StrEnum):
     """What an answer was cut off by, after its client had left; it stands in the receipt."""
 
@@ -38,6 +41,8 @@ class CutBy(StrEnum):
     SECONDS = "drain_seconds"
     TOKENS = "drain_tokens"
     NUMBER = "drains_max"
+    HOLD = "hold"
+    """More of it couldn't be held."""
 
 
 def policy_of(route: Route, request: ChatRequest) -> OnDisconnect:
@@ -181,11 +186,12 @@ class Departure:
 def unseen_reasoning(exchange: Exchange) -> int:
     """The tokens that a model which reasons unseen is taken to have written before it showed anything.
 
-    For an answer that was cut off for its client's leaving; 0 where the upstream has told of its output, running or
-    whole. The time from the request's end to the first text, or to the end where there was none, at the route's rate.
+    For an answer that was cut off for its client's leaving, or since its account couldn't carry more of it; 0 where the
+    upstream has told of its output, running or whole. The time from the request's end to the first text, or to the end
+    where there was none, at the route's rate.
     """
     route, meter = exchange.ticket.route, exchange.meter
-    if exchange.ending is not Ending.CLIENT_LEFT_CUT or exchange.asked_at is None or exchange.cut_at is None:
+    if exchange.ending not in _CUT_OFF or exchange.asked_at is None or exchange.cut_at is None:
         return 0
     reported = None if meter is None else meter.reported(route.upstream.quirks)
     if reported is not None and reported.completion_known:

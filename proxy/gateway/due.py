@@ -4,6 +4,7 @@
 - A report of zeros is believed where nothing was said, and is no report where something was.
 - An answer of which nothing came through is free where that isn't the client's doing.
 - A model that reasons unseen, cut off since its client left, is charged for the time in which it showed nothing.
+- Of an answer that was ended since its hold couldn't grow, what was delivered is charged, and not what was kept back.
 - A counted charge never exceeds the hold; a reported one may, but above four times what is possible it isn't believed:
   the hold is charged and the answer is flagged. Possible is what the model can say, not what the client's cap allows:
   some servers know one name of the cap and ignore the other, and a cap of one token would buy a whole answer.
@@ -14,9 +15,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from proxy.core.pricing import charge
-from proxy.core.reckon import needs_count, reckon
+from proxy.core.excerpt import Excerpt
+from proxy.core.money import format_credits
+from proxy.core.pricing import charge, quote
+from proxy.core.reckon import completed, needs_count, reckon
 from proxy.core.usage import Usage, UsageSource
+from proxy.core.usage_report import normalise
 from proxy.gateway.departure import unseen_reasoning
 from proxy.gateway.exchange import Ending, Exchange
 from proxy.ledger.records import Finalize
@@ -28,11 +32,14 @@ BELIEVED_TIMES_POSSIBLE = 4
 IMPLAUSIBLE = "implausible_usage"
 COUNTED_ABOVE_HOLD = "counted_above_hold"
 TIMED_REASONING = "timed_reasoning"
+COUNTED_ABOVE_KNOWN_HOLD = "counted_above_known_hold"
 
 # Nothing was asked of the upstream, or it said no: free whatever was seen.
 _FREE = frozenset({Ending.CLIENT_LEFT_UNSENT, Ending.UPSTREAM_REFUSED, Ending.UPSTREAM_UNREACHABLE})
 # The upstream did its work, or would have but for the client: the prompt is charged even if no text came.
-_CHARGED = frozenset({Ending.COMPLETE, Ending.CLIENT_LEFT, Ending.CLIENT_LEFT_CUT})
+_CHARGED = frozenset(
+    {Ending.COMPLETE, Ending.CLIENT_LEFT, Ending.CLIENT_LEFT_CUT, Ending.OUT_OF_CREDITS, Ending.SPEND_LIMIT}
+)
 # All of it was seen: where it says nothing and is reported as zero tokens, zero it is.
 _WHOLE = frozenset({Ending.COMPLETE, Ending.CLIENT_LEFT})
 
@@ -55,6 +62,8 @@ async def find_due(exchange: Exchange) -> Due | None:
     if ending in _FREE:
         return None
     quirks = ticket.route.upstream.quirks
+    if exchange.delivered is not None:
+        return await _delivered(exchange, exchange.delivered)
     if meter is None or not (meter.delivered or meter.reported(quirks)):
         if ending not in _CHARGED or (ending in _WHOLE and meter is not None and meter.zeros_reported):
             return None
@@ -65,6 +74,19 @@ async def find_due(exchange: Exchange) -> Due | None:
     reported = found.source == "reported"
     due = _reported(exchange, found.usage) if reported else _timed(exchange, found.usage, found.source)
     return replace(due, flags=(*found.flags, *due.flags))
+
+
+async def _delivered(exchange: Exchange, delivered: Excerpt) -> Due | None:
+    """What was delivered of an answer that was ended before all of it was; with what was reported by then."""
+    ticket = exchange.ticket
+    if not delivered.choices and exchange.ending not in _CHARGED:
+        return None
+    prompt, said = await ticket.count(delivered)
+    prompt, said = min(prompt, ticket.bounds.input), min(said, ticket.bounds.output)
+    reported = None if delivered.report is None else normalise(delivered.report, ticket.route.upstream.quirks)
+    if reported is None:
+        return _timed(exchange, Usage(input=prompt, output=said), "counted")
+    return _timed(exchange, completed(reported, prompt, said), "partly_counted")
 
 
 def uncountable_due(exchange: Exchange) -> Due:
@@ -87,7 +109,9 @@ def _timed(exchange: Exchange, usage: Usage, source: UsageSource) -> Due:
 
 def _counted(exchange: Exchange, usage: Usage, source: UsageSource) -> Due:
     cost, held = charge(exchange.ticket.variant.price, usage), exchange.granted
-    return Due(min(cost, held), usage, source, COUNTED_ABOVE_HOLD if cost > held else None)
+    # The ledger's audit takes the first at its word: nothing of the hold may be left.
+    above = COUNTED_ABOVE_KNOWN_HOLD if exchange.hold_in_doubt else COUNTED_ABOVE_HOLD
+    return Due(min(cost, held), usage, source, above if cost > held else None)
 
 
 def _reported(exchange: Exchange, usage: Usage) -> Due:
@@ -97,7 +121,8 @@ def _reported(exchange: Exchange, usage: Usage) -> Due:
     tokens_out = usage.output + usage.reasoning + usage.audio_output
     times = BELIEVED_TIMES_POSSIBLE
     believed = tokens_in <= times * ticket.bounds.input and tokens_out <= times * ticket.output_possible
-    if believed or cost <= exchange.granted:
+    # What was held for it so far may be but a part of what it could cost.
+    if believed or cost <= max(exchange.granted, quote(ticket.variant.price, ticket.bounds)):
         return Due(cost, usage, "reported", None)
     return Due(exchange.granted, usage, "reported", IMPLAUSIBLE)
 
@@ -140,6 +165,8 @@ def _receipt(exchange: Exchange, due: Due) -> dict[str, Any]:
         "usage_reported": None if raw is None else json.loads(raw),
         "finish_reasons": [] if meter is None else meter.finish_reasons,
         "cap_sent": ticket.cap_sent,
+        "held_at_last": format_credits(exchange.granted),
+        "extensions": exchange.extensions,
         "capped": due.capped,
         "usage_flags": due.flags,
         "seconds_to_leaving": _between(exchange.sent_at, exchange.left_at),

@@ -6,6 +6,7 @@ from enum import StrEnum
 from uuid import UUID
 
 from proxy.core.catalog import OnDisconnect, Route, Variant
+from proxy.core.excerpt import Excerpt, Said
 from proxy.core.meter import Meter
 from proxy.core.pricing import Bounds
 from proxy.gateway.progress import CountEach, Progress
@@ -35,12 +36,18 @@ class Ending(StrEnum):
     LEASE_LAPSED = "lease_lapsed"
     TOO_LONG = "too_long"
     """It ran longer than any answer may."""
+    OUT_OF_CREDITS = "out_of_credits"
+    """The account couldn't carry more of it."""
+    SPEND_LIMIT = "spend_limit"
+    """The key's own spend limit didn't."""
+    LEDGER_LOST = "ledger_lost"
+    """Whether the account could carry more of it was not to be known in time."""
     FAILED = "failed"
     """A mistake of ours."""
 
 
-Count = Callable[[Meter | None], Awaitable[tuple[int, int]]]
-"""Counts what the upstream didn't report: the tokens of the prompt, and those of what was said (0 without a meter)."""
+Count = Callable[[Said | None], Awaitable[tuple[int, int]]]
+"""Counts what the upstream didn't report: the tokens of the prompt, and those of what was said (0 for None)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ class Ticket:
     count: Count
     on_disconnect: OnDisconnect = OnDisconnect.DRAIN
     """What becomes of the answer if its client leaves."""
+    output_beside: int = 0
+    """Output tokens, over all choices, that may be billed beside what is said."""
 
 
 class Exchange:
@@ -84,6 +93,12 @@ class Exchange:
         """How far the answer has come, in tokens."""
         self.granted = ticket.granted
         """Microcredits that the hold holds now."""
+        self.hold_in_doubt = False
+        """It may hold more: something that was asked for it got no answer, or may yet be carried out late."""
+        self.extensions = 0
+        """How often the hold has grown."""
+        self.delivered: Excerpt | None = None
+        """What was said up to where the answer was ended; None: all that the meter has seen."""
         self.opened_at = clock()
         """The loop's time, as every time here."""
         self.ending: Ending | None = None

@@ -6,7 +6,7 @@ from typing import Protocol
 from uuid import UUID
 
 from proxy.ledger.errors import LedgerError
-from proxy.ledger.records import Finalize, Finalized, Released, Reserve, Reserved
+from proxy.ledger.records import Extend, Extended, Finalize, Finalized, Released, Reserve, Reserved
 from proxy.metrics import Metrics
 
 __all__ = ["MeasuredLedger"]
@@ -16,6 +16,7 @@ class Ledger(Protocol):
     """The part of ``BatchedLedger`` that is measured."""
 
     async def reserve(self, row: Reserve) -> Reserved: ...
+    async def extend(self, row: Extend) -> Extended: ...
     def finalize(self, row: Finalize) -> "asyncio.Future[Finalized]": ...
     def release(self, hold_id: UUID, account_id: UUID, worker_id: UUID) -> "asyncio.Future[Released]": ...
 
@@ -37,6 +38,17 @@ class MeasuredLedger:
             raise
         self._metrics.ledger_call("reserve", time.perf_counter() - began)
         return reserved
+
+    async def extend(self, row: Extend) -> Extended:
+        """As the ledger's."""
+        began = time.perf_counter()
+        try:
+            extended = await self._ledger.extend(row)
+        except LedgerError:
+            self._metrics.ledger_failed("extend")
+            raise
+        self._metrics.ledger_call("extend", time.perf_counter() - began)
+        return extended
 
     def finalize(self, row: Finalize) -> "asyncio.Future[Finalized]":
         """As the ledger's."""

@@ -17,16 +17,18 @@ from dataclasses import dataclass
 import structlog
 
 from proxy.core.catalog import Upstream
-from proxy.core.errors import Refusal, Unavailable, UpstreamError
+from proxy.core.errors import OutOfCredits, Refusal, Unavailable, UpstreamError
+from proxy.core.excerpt import Excerpt
 from proxy.core.meter import Ending as AnswerEnding
 from proxy.core.sse import AnswerTooLarge
 from proxy.dialects.dialect import Decoder, Dialect
 from proxy.gateway.channel import Channel, Head
-from proxy.gateway.departure import Departure, Drains
+from proxy.gateway.departure import CutBy, Departure, Drains
 from proxy.gateway.exchange import Ending, Exchange
 from proxy.gateway.headers import Headers, answer_headers
 from proxy.gateway.keepalive import KeepAlive
 from proxy.gateway.settle import Settler
+from proxy.gateway.steps import NotHeld, Stepper
 from proxy.gateway.upstream import (
     Answer,
     UpstreamBroken,
@@ -77,10 +79,17 @@ class Relay:
     """
 
     def __init__(
-        self, client: UpstreamClient, settler: Settler, *, drains_max: int = 500, keepalive_seconds: float = 15.0
+        self,
+        client: UpstreamClient,
+        settler: Settler,
+        stepper: Stepper,
+        *,
+        drains_max: int = 500,
+        keepalive_seconds: float = 15.0,
     ) -> None:
         self.client = client
         self.settler = settler
+        self.stepper = stepper
         self.drains = Drains(drains_max)
         self.keepalive_seconds = keepalive_seconds
 
@@ -99,6 +108,7 @@ class Pump:
         self._relay = relay
         self._exchange = exchange
         self._order = order
+        self._allowance = relay.stepper.allow(exchange)
         self._decoder: Decoder | None = None
         self._departure: Departure | None = None
         self._keepalive = KeepAlive(self.channel, relay.keepalive_seconds, self._may_comment)
@@ -132,6 +142,8 @@ class Pump:
     async def _run(self) -> None:
         answer: Answer | None = None
         order, exchange = self._order, self._exchange
+        if self._allowance is not None:
+            self._allowance.start()
         try:
             exchange.sent_at = self._loop.time()
             answer = await self._relay.client.post(order.upstream, order.path, order.headers, order.body, self._asked)
@@ -147,6 +159,9 @@ class Pump:
             )
             exchange.close(ending)
             self._give_up(_refusal(ending))
+        except NotHeld as spent:
+            exchange.close(spent.ending)
+            self._give_up(_refusal(spent.ending))
         except asyncio.CancelledError:
             self.cut(Ending.SHUTDOWN)
             raise
@@ -155,6 +170,8 @@ class Pump:
             exchange.close(Ending.FAILED)
             self._give_up(_refusal(Ending.FAILED))
         finally:
+            if self._allowance is not None:
+                self._allowance.stop()
             self._keepalive.stop()
             if self._departure is not None:
                 self._departure.end()
@@ -235,6 +252,8 @@ class Pump:
             if meter.done:
                 await self._read_tail(decoder, chunks)
                 break
+        if self._allowance is not None:
+            await self._pass(decoder, self._allowance.rest())
         last = decoder.finish()
         ending = _STREAM_ENDINGS[meter.ending]
         self._close(ending)
@@ -246,16 +265,34 @@ class Pump:
             self.channel.end()
 
     async def _pass_on(self, decoder: Decoder, chunk: bytes) -> None:
-        progress = self._exchange.progress
-        progress.hold_back()
-        data = decoder.feed(chunk)
-        if self._exchange.first_said_at is None and decoder.meter.delivered:
-            self._exchange.first_said_at = self._loop.time()
-        if decoder.meter.done and decoder.meter.usage_final:
+        if self._allowance is None or self._allowance.inert:
+            await self._pass(decoder, chunk)
+            return
+        for piece in self._allowance.pieces(chunk):
+            await self._pass(decoder, piece)
+
+    async def _pass(self, decoder: Decoder, piece: bytes) -> None:
+        """Meter it, hold what it costs, deliver it. Raises NotHeld."""
+        exchange, meter = self._exchange, decoder.meter
+        before = None if self._allowance is None else Excerpt.of(meter)
+        exchange.progress.hold_back()
+        data = decoder.feed(piece)
+        if exchange.first_said_at is None and meter.delivered:
+            exchange.first_said_at = self._loop.time()
+        if meter.done and meter.usage_final:
             # Before the client sees it: some clients close at [DONE], and then ask for their balance. Where no report
             # has come yet, one may still come behind the end mark.
-            self._close(_STREAM_ENDINGS[decoder.meter.ending])
-        progress.holding = False
+            self._close(_STREAM_ENDINGS[meter.ending])
+        if self._allowance is not None and before is not None and before.text_bytes != meter.text_bytes:
+            try:
+                await self._allowance.secure()
+            except NotHeld:
+                if self._departure is None:
+                    exchange.delivered = before
+                    raise
+                self._departure.cut(CutBy.HOLD)
+                return
+        exchange.progress.holding = False
         if data:
             self._keepalive.spoken()
             await self.channel.put(self._clean(data))
@@ -434,6 +471,9 @@ _BODY_ENDINGS: Mapping[AnswerEnding, Ending] = {
     AnswerEnding.EMPTY: Ending.UPSTREAM_ERROR,
 }
 
+_SPENT = "The account's credits ran out during this answer. What was delivered is charged; top the account up for more."
+_LIMITED = "The API key's own spend limit was reached during this answer. What was delivered is charged."
+_UNHELD = "Credits for more of this answer can't be held at the moment. What was delivered is charged; please retry."
 _BROKEN = "The upstream's answer broke off before its end."
 _TOLD: Mapping[Ending, tuple[type[Refusal], str, str]] = {
     Ending.UPSTREAM_UNREACHABLE: (UpstreamError, "upstream_unreachable", "The upstream can't be reached."),
@@ -445,5 +485,8 @@ _TOLD: Mapping[Ending, tuple[type[Refusal], str, str]] = {
     Ending.SHUTDOWN: (Unavailable, "shutting_down", "Farebox is shutting down; what was answered so far is charged."),
     Ending.LEASE_LAPSED: (Unavailable, "ledger_unavailable", "Farebox lost its ledger and had to stop this answer."),
     Ending.TOO_LONG: (UpstreamError, "upstream_too_long", "The answer took longer than any answer may."),
+    Ending.OUT_OF_CREDITS: (OutOfCredits, "insufficient_quota", _SPENT),
+    Ending.SPEND_LIMIT: (OutOfCredits, "spend_limit_reached", _LIMITED),
+    Ending.LEDGER_LOST: (Unavailable, "ledger_unavailable", _UNHELD),
     Ending.FAILED: (Unavailable, "internal_error", "Farebox failed while it relayed this answer."),
 }

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -11,9 +11,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from proxy.core.catalog import STANDARD, Route, Upstream, Variant
+from proxy.core.excerpt import Said
 from proxy.core.meter import Meter
 from proxy.core.pricing import Bounds, Price
-from proxy.gateway.exchange import Ending, Exchange, Ticket
+from proxy.gateway.exchange import Count, Ending, Exchange, Ticket
 from proxy.gateway.settle import Settler
 from proxy.ledger.errors import LedgerUnavailable
 from proxy.ledger.records import Finalize, Finalized, FinalizeOutcome, Released
@@ -28,7 +29,10 @@ FREE = {
     Ending.UPSTREAM_UNREACHABLE,
 }
 # Endings after which the prompt is paid for even though nothing came: the work was done, or the client gave it up.
-PROMPT_PAID = {Ending.COMPLETE, Ending.CLIENT_LEFT, Ending.CLIENT_LEFT_CUT}
+PROMPT_PAID = {
+    *(Ending.COMPLETE, Ending.CLIENT_LEFT, Ending.CLIENT_LEFT_CUT),
+    *(Ending.OUT_OF_CREDITS, Ending.SPEND_LIMIT),
+}
 
 
 class Ledger:
@@ -70,11 +74,11 @@ async def settler(ledger: Ledger) -> AsyncIterator[Settler]:
     await settler.drain(0)
 
 
-async def count(_meter: Meter | None) -> tuple[int, int]:
+async def count(_said: Said | None) -> tuple[int, int]:
     return COUNTED
 
 
-def ticket(*, granted: int = 1_000, count: Callable[[Meter | None], Awaitable[tuple[int, int]]] = count) -> Ticket:
+def ticket(*, granted: int = 1_000, count: Count = count) -> Ticket:
     upstream = Upstream("up", "openai", "http://127.0.0.1/v1")
     variant = Variant(STANDARD, PRICE)
     route = Route("m", upstream, "up-m", "gpt-4", 100, MappingProxyType({STANDARD: variant}))
@@ -194,7 +198,7 @@ async def test_only_the_first_ending_counts(settler: Settler, ledger: Ledger) ->
 
 
 async def test_what_cannot_be_counted_is_no_gift(settler: Settler, ledger: Ledger) -> None:
-    async def fail(_meter: Meter | None) -> tuple[int, int]:
+    async def fail(_said: Said | None) -> tuple[int, int]:
         raise ValueError("no count")
 
     await settle(settler, Ending.COMPLETE, meter(said("Hello")), count=fail, granted=50)
