@@ -251,8 +251,6 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
         ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, journaling, stack)
         control_dsn = settings.database_url_of("control") or dsn
-        steps = StepSettings(settings.hold_step_tokens, settings.affordable_cap_tokens_min, settings.reserve_seconds)
-        stepper = Stepper(ledger, own=settler.own, metrics=metrics, settings=steps)
         control = await create_pool(control_dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
         _keep_the_book(control_dsn, metrics, stack)
@@ -260,12 +258,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         stack.push_async_callback(reader.close)
         authenticator = Authenticator(holds.find_key, peppers)
         keys = UpstreamKeys(environment(), settings.upstreams.parent)
-        http = HttpClient()
-        stack.push_async_callback(http.close)
-        relay = Relay(
-            http, settler, stepper, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds
-        )
-        metrics.watch(drains=lambda: len(relay.drains))
+        stepper, relay = _relaying(settings, ledger, settler, metrics, stack)
         chat = Chat(
             catalog=catalog.holder,
             authenticator=authenticator,
@@ -366,6 +359,19 @@ def _keep_the_book(dsn: str, metrics: Metrics, stack: AsyncExitStack) -> None:
     bookkeeper = Bookkeeper(dsn, observe=observe)
     bookkeeper.start()
     stack.push_async_callback(bookkeeper.stop)
+
+
+def _relaying(
+    settings: Settings, ledger: MeasuredLedger, settler: Settler, metrics: Metrics, stack: AsyncExitStack
+) -> tuple[Stepper, Relay]:
+    """What reads answers, and lets their holds grow."""
+    steps = StepSettings(settings.hold_step_tokens, settings.affordable_cap_tokens_min, settings.reserve_seconds)
+    stepper = Stepper(ledger, own=settler.own, metrics=metrics, settings=steps)
+    http = HttpClient()
+    stack.push_async_callback(http.close)
+    relay = Relay(http, settler, stepper, drains_max=settings.drains_max, keepalive_seconds=settings.keepalive_seconds)
+    metrics.watch(drains=lambda: len(relay.drains))
+    return stepper, relay
 
 
 async def _idempotency(

@@ -42,11 +42,11 @@ LEFT_SHARE = 5
 SLICE_TIMES_MAX = 8
 # Where an account has less than so many slices, each is so small a part of what it has.
 SLICES_IN_AVAILABLE = 64
-# Less than so many tokens aren't worth asking for in advance.
+# The least slice that is asked for while an answer runs.
 GROWTH_TOKENS_MIN = 16
 ACCOUNTS_SEEN_MAX = 10_000
 POLL_SECONDS_MIN = 0.05
-POLL_SECONDS_MAX = 0.5
+POLL_SECONDS_MAX = 0.25
 LOOK_SECONDS = 1.0
 # An event that is longer than this goes on by parts.
 CARRIED_BYTES_MAX = 64 * 1024
@@ -105,22 +105,23 @@ class Stepper:
         if len(self._seen) > ACCOUNTS_SEEN_MAX:
             self._seen.popitem(last=False)
 
-    def slice_tokens(self, account_id: UUID, price: Price, bounds: Bounds, want: int) -> int:
-        """Up to ``want`` output tokens, as many as a call of that account had better hold at once."""
-        least = min(self.settings.tokens_min, want)
+    def slice_tokens(self, account_id: UUID, price: Price, bounds: Bounds, *, most: int, least: int) -> int:
+        """As many output tokens as a call of that account had better hold at once: the account's wealth says it."""
+        least = min(least, most)
         seen = self._seen.get(account_id)
         if seen is None:
             return least
         output_alone = replace(bounds, input=0, output=_ALL)
         plenty = affordable_output(price, output_alone, seen + price.per_request) // SLICES_IN_AVAILABLE
-        return max(least, min(want, plenty))
+        return max(least, min(most, plenty))
 
     def first_tokens(self, account_id: UUID, price: Price, bounds: Bounds) -> int | None:
         """The first slice, for each choice; None: hold everything at once. ``bounds`` are those of the whole answer."""
         if not self.settings.tokens or bounds.audio_out:
             # Sound can't be metered by its bytes.
             return None
-        return self.slice_tokens(account_id, price, bounds, self.settings.tokens)
+        settings = self.settings
+        return self.slice_tokens(account_id, price, bounds, most=settings.tokens, least=settings.tokens_min)
 
     def allow(self, exchange: Exchange) -> "Allowance | None":
         """What watches over this exchange; None where everything that it can cost is held."""
@@ -222,12 +223,13 @@ class Allowance:
             if outcome is ExtendOutcome.EXTENDED:
                 continue
             waiting = outcome is None or outcome in _PASSING
-            if not waiting or self._loop.time() + pause > until:
+            left = until - self._loop.time()
+            if not waiting or left <= 0:
                 ending = _ENDINGS.get(outcome, Ending.LEDGER_LOST)
                 self._stepper.metrics.answer_not_held(ending)
                 self._exchange.cut_at = self._loop.time()
                 raise NotHeld(ending)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(min(pause, left))
             pause = min(2 * pause, POLL_SECONDS_MAX)
 
     # Growing.
@@ -252,7 +254,9 @@ class Allowance:
             if least <= self._covered:
                 return ExtendOutcome.EXTENDED
             most = max(self._slice, min(2 * self._slice, SLICE_TIMES_MAX * stepper.settings.tokens))
-            self._slice = stepper.slice_tokens(ticket.account_id, self._price, self._bounds, most)
+            self._slice = stepper.slice_tokens(
+                ticket.account_id, self._price, self._bounds, most=most, least=GROWTH_TOKENS_MIN
+            )
             at_least = self._cost(least)
             total = max(self._cost(max(metered, self._covered) + self._slice), at_least)
             try:

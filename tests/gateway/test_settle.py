@@ -177,7 +177,8 @@ async def test_a_counted_charge_stays_within_the_hold(settler: Settler, ledger: 
     [
         (10, 60, 100, 190, None),  # above the hold, and within four times the bound
         (10, 201, 100, 100, "implausible_usage"),
-        (81, 5, 90, 90, "implausible_usage"),
+        (81, 45, 90, 90, "implausible_usage"),
+        (81, 5, 90, 96, None),  # odd, but no more than the whole answer could have cost
         (81, 5, 100, 96, None),  # far above the bound, and still within the hold
     ],
 )
