@@ -80,8 +80,8 @@ async def test_none_where_nothing_is_silent(customer: Customer, upstream: Script
 async def test_none_in_the_middle_of_an_event(
     customer: Customer, upstream: ScriptedUpstream, at: int, usage_asked: bool
 ) -> None:
-    """To a client that asked for usage, bytes go as they come; to others, an event that is whole."""
-    options = {"stream_options": {"include_usage": True}} if usage_asked else {}
+    """To a client that asked for usage, bytes go as they come, once all is held; to others, an event that is whole."""
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}, "max_tokens": 50} if usage_asked else {}
     first = EVENTS[0]
     upstream.will(SSE, Chunk(first[:at]), SILENCE, Chunk(first[at:]), *map(Chunk, EVENTS[1:]), END)
     got, clean = await read(customer, **options)
