@@ -233,6 +233,11 @@ class Journal:
         self._stalled = False
         self._hand_on(entries)
 
+    def _without_room(self, entries: list[Entry]) -> None:
+        """The disk is full. But it has answered."""
+        self._stalled = False
+        self._hand_on_without_journal(entries)
+
     def _hand_on_without_journal(self, entries: list[Entry]) -> None:
         """These go to the ledger although they aren't durable here: nothing better can be done for them."""
         self._watch.journal_skipped(len(entries))
@@ -315,7 +320,7 @@ class Journal:
             self._no_room(rows=len(rows))
             for entry in rows:
                 entry.skipped = True
-            self._tell(self._hand_on_without_journal, rows)
+            self._tell(self._without_room, rows)
         else:
             self._tell(self._durable, rows)
 

@@ -95,15 +95,22 @@ class Takeover:
             self._task = None
 
     async def scan(self) -> list[Replayed]:
-        """One look: carry out every journal that nobody has. Raises LedgerUnavailable and OSError."""
+        """One look: carry out every journal that nobody has; one that can't be is left, and keeps no other waiting.
+
+        Raises LedgerUnavailable, and OSError where the directory can't be read.
+        """
         outcomes = []
         for known in await asyncio.to_thread(self._directory.files, OPEN):
             # Not in a thread: a cancel would lose the file, and its lock with it. It doesn't wait for the disk.
-            file = self._directory.take(known.path)
+            try:
+                file = self._directory.take(known.path)
+            except OSError as error:
+                outcomes.append(self._tell(Replayed(known.path, left=str(error))))
+                continue
             if file is None:
                 continue
             try:
-                outcomes.append(await self._take_over(file))
+                outcomes.append(self._tell(await self._take_over(file)))
             finally:
                 file.close()
         return outcomes
@@ -122,18 +129,24 @@ class Takeover:
             await asyncio.sleep(self._scan_seconds * random.uniform(0.8, 1.2))  # noqa: S311
 
     async def _take_over(self, file: JournalFile) -> Replayed:
-        outcome = await replay(file, self._ledger, self._books, self._watch)
-        if outcome.left is not None:
-            if file.path not in self._told:
-                self._told.add(file.path)
-                log.error("a journal is left as it is", journal=str(file.path), reason=outcome.left)
-        else:
+        try:
+            return await replay(file, self._ledger, self._books, self._watch)
+        except LedgerUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - one that can't be read may not keep all behind it waiting
+            return Replayed(file.path, left=f"{type(error).__name__}: {error}")
+
+    def _tell(self, outcome: Replayed) -> Replayed:
+        if outcome.left is None:
             log.warning(
                 "the journal of a process that is gone was carried out",
-                journal=str(file.path),
+                journal=str(outcome.path),
                 rows=outcome.rows,
                 rejected=outcome.rejected,
             )
+        elif outcome.path not in self._told:
+            self._told.add(outcome.path)
+            log.error("a journal is left as it is", journal=str(outcome.path), reason=outcome.left)
         return outcome
 
     async def _prune(self) -> None:
@@ -183,7 +196,10 @@ async def _with_lock(
     except JournalError as error:
         return Replayed(file.path, left=str(error))
     watch.journal_replayed(len(rows) - len(rejected))
-    for _ in rejected:
+    unfit = contents.rejected.keys() - {row.number for row in contents.rows}
+    for number in sorted(unfit):
+        log.error("no ledger would take a row", journal=str(file.path), row=number, reason=contents.rejected[number])
+    for _ in (*rejected, *unfit):
         watch.journal_rejected()
     if contents.damaged and file.path.suffix != DAMAGED:
         watch.journal_damaged()
@@ -272,7 +288,7 @@ def _refusal(answer: "Finalized | Released | BaseException") -> str | None:
 
 def _finish(file: JournalFile, contents: Contents, tried: list[int], rejected: dict[int, str]) -> None:
     """Mark behind the last valid frame what became of the rows that were tried, and give the file its new name."""
-    if not contents.rows and not contents.damaged:
+    if not (contents.rows or contents.rejected or contents.damaged):
         file.remove()
         return
     if tried:

@@ -313,6 +313,29 @@ async def test_a_disk_that_does_not_answer_holds_up_no_settlement_for_long(
     assert [path.suffix for path in desk.files()] == [DONE]
 
 
+async def test_a_disk_that_says_late_that_it_is_full_has_answered(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a row that is written said that the disk was back; while nothing is admitted, none may ever come."""
+    monkeypatch.setattr(journal_module, "PATIENCE_SECONDS", 0.2)
+    write_at = JournalFile.write_at
+
+    def late_write(file: JournalFile, data: bytes, place: int) -> None:
+        assert disk.gate.wait(30)
+        write_at(file, data, place)
+
+    async with opened(tmp_path) as desk:
+        monkeypatch.setattr(JournalFile, "write_at", late_write)
+        disk.gate.clear()
+        desk.write()
+        [entry] = await desk.written(1)
+        desk.journal.done(entry)
+        assert desk.journal.refusal == "the journal's disk doesn't answer"
+        disk.write_error = OSError(errno.ENOSPC, "No space left on device")
+        disk.gate.set()
+        await until(lambda: desk.journal.refusal is None)
+
+
 async def test_rows_that_are_done_before_they_could_be_written_wait_for_nobody(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

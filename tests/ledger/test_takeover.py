@@ -1,6 +1,7 @@
 """The journal before a real ledger: what waits is carried out by whoever comes next, once, and in no other database."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import pickle
@@ -21,7 +22,7 @@ from proxy.ledger.audit import audit
 from proxy.ledger.batch import BatchedLedger, BatchLimits, LedgerStopped, RowRejected
 from proxy.ledger.errors import JournalFull
 from proxy.ledger.journal import JournalLimits
-from proxy.ledger.journal_files import DAMAGED, DONE, OPEN, REJECTED, JournalDirectory
+from proxy.ledger.journal_files import DAMAGED, DONE, OPEN, REJECTED, JournalDirectory, JournalFile
 from proxy.ledger.journaled import JournaledLedger
 from proxy.ledger.lines import lines_to
 from proxy.ledger.records import FinalizeOutcome, Reserve
@@ -363,6 +364,62 @@ async def test_what_was_done_can_be_repeated_into_a_ledger_that_forgot(own_bank:
         assert desk.files() == [path]
     assert await bank.money(account.id) == (970, 0, 0)
     await audited(bank.database)
+
+
+async def test_a_journal_that_cannot_be_opened_keeps_none_behind_it_waiting(bank: Bank, tmp_path: Path) -> None:
+    """Such as one that another user of this machine has left there."""
+    account, key = await bank.open_account(1_000)
+    row = bank.a_reserve(key, 100)
+    await bank.holds.reserve(row)
+    await left_behind(bank, tmp_path, [bank.a_finalize(row, 42)])
+    unopenable = tmp_path / "old.open"
+    unopenable.mkdir()
+    os.utime(unopenable, (0, 0))
+    async with scanning(bank, tmp_path) as scan:
+        unread, outcome = await scan()
+        assert "Is a directory" in (unread.left or "")
+        assert (outcome.rows, outcome.left) == (1, None)
+    assert await bank.money(account.id) == (958, 0, 0)
+
+
+async def test_a_journal_that_fails_keeps_none_behind_it_waiting(
+    bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account, key = await bank.open_account(1_000)
+    row = bank.a_reserve(key, 100)
+    await bank.holds.reserve(row)
+    bad = await left_behind(bank, tmp_path, [bank.a_finalize(bank.a_reserve(key, 1), 1)])
+    os.utime(bad, (0, 0))
+    async with opened(tmp_path, ledger_id=await bank.holds.ledger_id()) as desk:
+        desk.write(bank.a_finalize(row, 42))
+        await desk.written(1)
+    read = JournalFile.read
+
+    def failing(file: JournalFile) -> bytes:
+        if file.path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(JournalFile, "read", failing)
+    async with scanning(bank, tmp_path) as scan:
+        unread, outcome = await scan()
+        assert "Input/output error" in (unread.left or "")
+        assert (outcome.rows, outcome.left) == (1, None)
+    assert await bank.money(account.id) == (958, 0, 0)
+    assert bad.exists()
+
+
+async def test_a_row_that_no_ledger_would_take_is_kept_even_if_it_is_alone(bank: Bank, tmp_path: Path) -> None:
+    _, key = await bank.open_account(1_000)
+    row = bank.a_finalize(bank.a_reserve(key, 1), 1)
+    object.__setattr__(row, "charge", -1)
+    await left_behind(bank, tmp_path, [row])
+    async with scanning(bank, tmp_path) as scan:
+        await scan()
+        assert scan.figures.rejected == 1
+    [kept] = JournalDirectory(tmp_path).files()
+    assert kept.ending == REJECTED
+    assert "-1 microcredits" in contents_of(kept.path).rejected[1]
 
 
 async def test_an_orphan_without_rows_leaves_nothing(bank: Bank, tmp_path: Path) -> None:
