@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from proxy.gateway.exchange import Ending
 from proxy.ledger.journal_files import OPEN
 from proxy.ledger.journal_records import DONE, MAGIC, ROW
 
@@ -107,6 +108,10 @@ def _may_hold_rows(seen: Seen) -> bool:
 
 def _has_rows(seen: Seen) -> bool:
     return bool(seen.result.rows)
+
+
+def _at_the_end(seen: Seen) -> bool:
+    return bool(seen.args[1] is Ending.SHUTDOWN)
 
 
 def _makes_tables(seen: Seen) -> bool:
@@ -226,7 +231,7 @@ _ALL = (
     Point("start.registered", "start", _START, _A),
     # It is told to stop with an answer under way.
     Point("stop.refusing", "stop", "proxy.gateway.settle:Settler.stop_admitting", _A, _OPEN, Owes.MARK),
-    Point("stop.cut", "stop", "proxy.gateway.settle:Settler.cut_all", _A, _OPEN, Owes.MARK),
+    Point("stop.cut", "stop", "proxy.gateway.settle:Settler.cut_all", _A, _OPEN, Owes.MARK, when=_at_the_end),
     Point("stop.drained", "stop", "proxy.gateway.settle:Settler.drain", _A, _FINAL, Owes.MARK),
     Point("stop.ledger", "stop", "proxy.ledger.batch:BatchedLedger.stop", _A, _FINAL, Owes.MARK),
     Point("stop.lease_in_flight", "stop", _STOP, _F, _FINAL, Owes.MARK),

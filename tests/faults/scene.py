@@ -148,6 +148,11 @@ class Scene:
         self.deaths[process.pid] = time.monotonic()
         return status
 
+    def lost_lease(self, name: str) -> bool:
+        """Whether the last process of that name was too slow to keep its lease: it then did something else, rightly."""
+        runs = [process for run, process in self.workers.items() if run.rpartition("-")[0] == name]
+        return bool(runs) and any("the lease has lapsed" in process.errors for process in runs[-2:])
+
     def forget(self) -> None:
         """What was done so far has been judged: the next customers are others."""
         self.calls.clear()

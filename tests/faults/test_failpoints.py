@@ -23,12 +23,14 @@ from tests.faults.scene import Scene, open_scene
 from tests.postgres import fresh_database
 
 FAMILIES = sorted({label.partition(".")[0] for label in POINTS})
-AT_ONCE = 8
+AT_ONCE = 6
 POINTS_MIN = 40
 
 ALONE = ("seal", "sweep")
 """Families whose points need a ledger each: one process would do what another is to die of."""
 WITHOUT_CALLS = ("grant", "migrate", "reverse", "seal", "start", "word")
+ATTEMPTS = 3
+"""Where a machine is so busy that a living process loses its lease of three seconds, another gets to the point."""
 POINT_SECONDS_MAX = 120.0
 
 pytestmark = pytest.mark.timeout(300)
@@ -61,11 +63,15 @@ async def test_dying_there_costs_nobody_a_credit(
     places = asyncio.Semaphore(AT_ONCE)
 
     async def die(scene: Scene, point: Point) -> list[str]:
-        try:
-            async with places, asyncio.timeout(POINT_SECONDS_MAX):
-                return await die_and_recover(scene, point)
-        except Exception as error:  # noqa: BLE001 - one point's trouble may not hide another's
-            return [f"{point.label}: {error!r}\n{traceback.format_exc()[-2000:]}"]
+        for _ in range(ATTEMPTS):
+            try:
+                async with places, asyncio.timeout(POINT_SECONDS_MAX):
+                    wrongs = await die_and_recover(scene, point)
+            except Exception as error:  # noqa: BLE001 - one point's trouble may not hide another's
+                wrongs = [f"{point.label}: {error!r}\n{traceback.format_exc()[-2000:]}"]
+            if not wrongs or not scene.lost_lease(point.label):
+                break
+        return wrongs
 
     async with AsyncExitStack() as stack:
         scenes = []
