@@ -153,6 +153,14 @@ def _answered(answer: Answer, **how: Any) -> "Drive":
     return drive
 
 
+async def _growing(scene: Scene, point: Point, customer: Customer) -> Driven:
+    """An answer that is longer than what is held for it at first."""
+    doomed = await scene.worker(point.label, at=point.label, HOLD_STEP_TOKENS="64")
+    call = scene.plan(customer, Answer(words=1_000, pace=0.005))
+    call.cap = 2_000
+    return doomed, await scene.make(doomed, customer, call)
+
+
 async def _start(scene: Scene, point: Point, customer: Customer) -> Driven:
     return await scene.worker(point.label, at=point.label), None
 
@@ -222,6 +230,7 @@ _SCENES: Mapping[str, Drive] = {
     "leaver": _answered(Answer(words=60), leave_after=5),
     "broken": _answered(Answer(words=8, breaks=True)),
     "whole": _answered(Answer(words=15), stream=False),
+    "growing": _growing,
     "refused": _answered(Answer(status=503)),
     "start": _start,
     "sealed": _answered(Answer(words=3)),

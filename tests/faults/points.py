@@ -123,6 +123,7 @@ def _is_open(seen: Seen) -> bool:
 
 
 _BATCH = "proxy.ledger.holds:HoldLedger.batch"
+_EXTEND = "proxy.ledger.holds:HoldLedger.extend_batch"
 _BEAT = "proxy.ledger.holds:HoldLedger.heartbeat"
 _EXPIRE = "proxy.ledger.holds:HoldLedger.expire_holds"
 _START = "proxy.ledger.holds:HoldLedger.start_worker"
@@ -174,6 +175,11 @@ _ALL = (
     Point("stream.broke", "broken", "proxy.gateway.relay:Pump._give_up", _A, _OPEN, Owes.MARK),
     Point("whole.read", "whole", "proxy.gateway.relay:Pump._read_all", _A, _OPEN, Owes.MARK),
     Point("whole.passed", "whole", "proxy.gateway.relay:Pump._pass_whole", _A, _OPEN, Owes.MARK),
+    # Its hold grows with it.
+    Point("extend.unsent", "growing", _EXTEND, _B, _OPEN, Owes.MARK),
+    Point("extend.in_flight", "growing", _EXTEND, _F, _OPEN, Owes.MARK),
+    Point("extend.committed", "growing", _EXTEND, _A, _OPEN, Owes.MARK),
+    Point("extend.again", "growing", _EXTEND, _A, _OPEN, Owes.MARK, nth=2),
     # What it costs is written down.
     Point("finalize.seen", "stream", "proxy.gateway.exchange:Exchange.close", _B, _OPEN, Owes.MARK),
     Point("finalize.closed", "stream", "proxy.gateway.exchange:Exchange.close", _A, _OPEN, Owes.MARK),
