@@ -259,19 +259,21 @@ class Allowance:
             )
             at_least = self._cost(least)
             total = max(self._cost(max(metered, self._covered) + self._slice), at_least)
+            # Until the ledger has answered: the exchange may be closed, and its charge reckoned, at any moment.
+            before, exchange.hold_in_doubt = exchange.hold_in_doubt, True
             try:
                 extended = await stepper.ledger.extend(
                     Extend(ticket.hold_id, ticket.account_id, ticket.worker_id, total, at_least)
                 )
             except LedgerError as error:
                 # It may have grown all the same: what ends the hold gives that back.
-                exchange.hold_in_doubt = True
                 stepper.metrics.hold_not_extended("failed")
                 log.warning("a hold could not be extended", request_id=str(ticket.hold_id), reason=str(error))
                 return None if isinstance(error, LedgerUnavailable) else ExtendOutcome.UNKNOWN
-            if extended.outcome is not ExtendOutcome.EXTENDED or extended.total < total:
-                # Said again by the ledger, it may yet be carried out twice, and get then what wasn't to be had before.
-                exchange.hold_in_doubt = True
+            if extended.outcome is ExtendOutcome.EXTENDED and extended.total >= total:
+                # Otherwise: said again by the ledger, it may yet be carried out twice, and get then what wasn't to be
+                # had before.
+                exchange.hold_in_doubt = before
             self._told(extended)
             return extended.outcome
 
