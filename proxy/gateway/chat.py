@@ -190,7 +190,9 @@ class Chat:
             price_version=catalog.version,
             counted=counted,
             bounds=bounds,
-            first_tokens=self._stepper.first_tokens(key.account_id, variant.price, bounds) if request.stream else None,
+            first_tokens=(
+                self._stepper.first_tokens(key.account_id, variant.price, bounds, route) if request.stream else None
+            ),
             least_tokens=min(self._settings.cap_tokens_min, cap),
         )
 

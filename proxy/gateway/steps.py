@@ -15,6 +15,7 @@ for: it is there before it is needed, and nothing waits. The rules:
 """
 
 import asyncio
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
@@ -24,6 +25,7 @@ from uuid import UUID
 
 import structlog
 
+from proxy.core.catalog import Route
 from proxy.core.money import AMOUNT_MAX
 from proxy.core.pricing import Bounds, Price, affordable_output, quote
 from proxy.gateway.departure import CutBy
@@ -115,13 +117,16 @@ class Stepper:
         plenty = affordable_output(price, output_alone, seen + price.per_request) // SLICES_IN_AVAILABLE
         return max(least, min(most, plenty))
 
-    def first_tokens(self, account_id: UUID, price: Price, bounds: Bounds) -> int | None:
+    def first_tokens(self, account_id: UUID, price: Price, bounds: Bounds, route: Route) -> int | None:
         """The first slice, for each choice; None: hold everything at once. ``bounds`` are those of the whole answer."""
         if not self.settings.tokens or bounds.audio_out:
             # Sound can't be metered by its bytes.
             return None
         settings = self.settings
-        return self.slice_tokens(account_id, price, bounds, most=settings.tokens, least=settings.tokens_min)
+        tokens = self.slice_tokens(account_id, price, bounds, most=settings.tokens, least=settings.tokens_min)
+        # What may be reasoned unseen before anybody looks.
+        unseen = LOOK_SECONDS * route.reasoning_tokens_per_second if route.hidden_reasoning else 0
+        return max(tokens, math.ceil(2 * unseen))
 
     def allow(self, exchange: Exchange) -> "Allowance | None":
         """What watches over this exchange; None where everything that it can cost is held."""
