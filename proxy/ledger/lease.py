@@ -129,7 +129,21 @@ class WorkerLease:
                 self._marks.stored(renewed.marked)
                 pause = self._renew_seconds
             else:
-                log.error("the ledger doesn't know this worker, or has stopped it", worker=str(self.worker_id))
+                await self._register_again()
+
+    async def _register_again(self) -> None:
+        """The ledger doesn't know this worker: it has been stopped, which is for good, or a failover or a restored
+        backup has forgotten it."""
+        try:
+            began, registered = await self._keeper.call(self._register, seconds=CALL_SECONDS)
+        except Exception as error:  # noqa: BLE001 - the next renewal fares as this one did, and comes here again
+            log.warning("the worker was not registered again", worker=str(self.worker_id), reason=str(error))
+            return
+        if registered:
+            self._renewed(began)
+            log.warning("the ledger had forgotten this worker, and knows it again", worker=str(self.worker_id))
+        else:
+            log.error("the ledger has stopped this worker: start another", worker=str(self.worker_id))
 
     async def _register(self, calls: Calls) -> tuple[float, object]:
         began = self._clock()

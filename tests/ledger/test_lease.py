@@ -128,6 +128,18 @@ async def test_a_worker_that_the_ledger_has_stopped_is_not_renewed() -> None:
         assert not lease.held()
 
 
+async def test_a_worker_that_the_ledger_has_forgotten_is_registered_again() -> None:
+    """As a failover to a standby that lacks the last commits forgets it."""
+    fake, owner = FakeLedger(), Owner()
+    async with leased(fake, owner) as lease:
+        del fake.oracle.leases[lease.worker_id]
+        await fake.until(lambda: fake.oracle.leases.get(lease.worker_id, False))
+        await fake.until(lease.held)
+        beats = len(fake.beats)
+        await fake.until(lambda: len(fake.beats) > beats + 2)
+        assert (lease.held(), owner.lapses) == (True, 0)
+
+
 async def test_one_bad_beat_does_not_stop_the_heart() -> None:
     fake, owner = FakeLedger(), Owner(trouble=[ZeroDivisionError()], marks=[Mark(uuid4(), Usage())])
     async with leased(fake, owner) as lease:

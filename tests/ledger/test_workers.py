@@ -369,3 +369,17 @@ async def test_a_mark_costs_the_same_however_many_holds_are_open(bank: Bank) -> 
         await bank.holds.batch([], rows[start : start + 300])
     assert await quickest() < 5 * alone
     await gone(bank, rows[0])
+
+
+async def test_a_worker_whose_row_was_lost_holds_its_lease_and_its_holds_again(own_bank: Bank) -> None:
+    """What a failover that loses commits can take away: the row comes back under the same id, a stopped one doesn't."""
+    _, key = await own_bank.open_account(1000)
+    reserve, _ = await own_bank.reserve(key, 100)
+    await own_bank.owner.execute("DELETE FROM farebox.workers WHERE id = $1", own_bank.worker_id)
+    assert not await own_bank.holds.heartbeat(own_bank.worker_id, (), beat=9)
+    assert await own_bank.holds.start_worker(own_bank.worker_id, "host", "test")
+    assert await own_bank.holds.heartbeat(own_bank.worker_id, (), beat=10)
+    assert await own_bank.expire() == {}
+    assert (await own_bank.finalize(reserve, 60)).charge == 60
+    await own_bank.holds.stop_worker(own_bank.worker_id)
+    assert not await own_bank.holds.start_worker(own_bank.worker_id, "host", "test")
