@@ -172,16 +172,17 @@ async def repeat(
 
     A journal that somebody writes at this moment is read and left to its writer. Raises LedgerUnavailable.
     """
-    file = directory.take(path)
-    if file is not None:
-        try:
-            return await _with_lock(file, ledger, books, watch, everything=True)
-        finally:
-            file.close()
     try:
+        file = directory.take(path)
+        if file is not None:
+            try:
+                return await _with_lock(file, ledger, books, watch, everything=True)
+            finally:
+                file.close()
         contents = await asyncio.to_thread(_contents_of, path)
         rejected = await _tell_all(contents, contents.rows, ledger, books)
-    except (JournalError, FileNotFoundError) as error:
+    except (JournalError, OSError) as error:
+        # One that can't be read may not keep those behind it from being repeated.
         return Replayed(path, left=str(error))
     return Replayed(path, len(contents.rows) - len(rejected), len(rejected))
 

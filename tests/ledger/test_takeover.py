@@ -379,6 +379,9 @@ async def test_a_journal_that_cannot_be_opened_keeps_none_behind_it_waiting(bank
         unread, outcome = await scan()
         assert "Is a directory" in (unread.left or "")
         assert (outcome.rows, outcome.left) == (1, None)
+    async with batched(bank) as ledger:
+        again = await repeat(JournalDirectory(tmp_path), unopenable, ledger, bank.holds, Figures())
+    assert "Is a directory" in (again.left or "")
     assert await bank.money(account.id) == (958, 0, 0)
 
 
