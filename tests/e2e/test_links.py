@@ -38,7 +38,7 @@ DEADLINES = {"client": CLIENT, "upstream": READ, "postgres": RESERVE}
 
 FAULTS: dict[str, Fault] = {
     "delay": Delay(0.05),
-    "throttle": Throttle(4_000),
+    "throttle": Throttle(20_000),
     "slice": Slice(16),
     "stall": Stall(),
     "cut": Cut(300),
