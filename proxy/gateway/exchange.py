@@ -104,8 +104,6 @@ class Exchange:
         self.ending: Ending | None = None
         self.asked_at: float | None = None
         """When the last byte of the request had gone out. Before that the upstream has nothing to answer."""
-        self.first_said_at: float | None = None
-        """When the first text, tool call or visible reasoning came."""
         self.left_at: float | None = None
         """When the client left before the answer's end."""
         self.cut_by: str | None = None
@@ -133,6 +131,15 @@ class Exchange:
     @sent_at.setter
     def sent_at(self, at: float | None) -> None:
         self.progress.sent_at = at
+
+    @property
+    def first_said_at(self) -> float | None:
+        """When the first text, tool call or visible reasoning came."""
+        return self.progress.first_said_at
+
+    @first_said_at.setter
+    def first_said_at(self, at: float | None) -> None:
+        self.progress.first_said_at = at
 
     def close(self, ending: Ending) -> None:
         """The answer has ended so. Never waits, never raises; only the first call counts."""

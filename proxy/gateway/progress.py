@@ -106,7 +106,7 @@ class Counting:
 
 
 class Progress:
-    """One exchange's. ``meter``, ``sent_at`` and ``channel`` are put here by the pump when there are any.
+    """One exchange's. ``meter``, ``sent_at``, ``first_said_at`` and ``channel`` are put here by the pump, as they come.
 
     ``count_answer`` is the exchange's own count of its prompt; ``clock`` is the loop's time.
     """
@@ -122,6 +122,7 @@ class Progress:
     ) -> None:
         self.meter: Meter | None = None
         self.sent_at: float | None = None
+        self.first_said_at: float | None = None
         self.channel: Channel | None = None
         self.holding = False
         """What the meter has seen isn't all in the channel yet. ``hold_back`` says so; the pump takes it back."""
@@ -161,7 +162,9 @@ class Progress:
         new_bytes = meter.text_bytes - self._said_bytes
         said = self._said + (new_bytes + MARGIN_TOKENS if new_bytes else 0)
         likely = output_estimate(self._route.family, said, choices=meter.begun, calls=meter.calls)
-        return max(min(max(likely, hidden), bounds.output), self._reported_tokens(meter))
+        reported = self._reported_tokens(meter)
+        # A report has the hidden ones in it.
+        return max(min(likely + (0 if self._report_output else hidden), bounds.output), reported)
 
     async def count(self) -> Usage:
         """What the answer would be charged for if it ended now: reported so far, or counted exactly."""
@@ -305,7 +308,9 @@ class Progress:
     def _hidden_tokens(self) -> int:
         if self.sent_at is None or not self._route.hidden_reasoning:
             return 0
-        return math.ceil((self._clock() - self.sent_at) * self._route.reasoning_tokens_per_second)
+        # As much as would be charged for it: what is shown is counted, however slowly it comes.
+        until = self._clock() if self.first_said_at is None else self.first_said_at
+        return math.ceil((until - self.sent_at) * self._route.reasoning_tokens_per_second)
 
     def _reported_tokens(self, meter: Meter) -> int:
         """What a running report says of the output, and a token for each byte since."""

@@ -20,6 +20,7 @@ from proxy.core.catalog import Upstream
 from proxy.core.errors import OutOfCredits, Refusal, Unavailable, UpstreamError
 from proxy.core.excerpt import Excerpt
 from proxy.core.meter import Ending as AnswerEnding
+from proxy.core.meter import Meter
 from proxy.core.sse import AnswerTooLarge
 from proxy.dialects.dialect import Decoder, Dialect
 from proxy.gateway.channel import Channel, Head
@@ -254,7 +255,10 @@ class Pump:
                 break
         if self._allowance is not None:
             await self._pass(decoder, self._allowance.rest())
+        before = Excerpt.of(meter)
         last = decoder.finish()
+        if not await self._secured(before, meter):
+            return
         ending = _STREAM_ENDINGS[meter.ending]
         self._close(ending)
         if ending is Ending.UPSTREAM_INCOMPLETE:
@@ -283,21 +287,34 @@ class Pump:
             # Before the client sees it: some clients close at [DONE], and then ask for their balance. Where no report
             # has come yet, one may still come behind the end mark.
             self._close(_STREAM_ENDINGS[meter.ending])
-        if self._allowance is not None and before is not None and before.text_bytes != meter.text_bytes:
-            try:
-                await self._allowance.secure()
-            except NotHeld:
-                if self._departure is None:
-                    exchange.delivered = before
-                    raise
-                self._departure.cut(CutBy.HOLD)
-                return
+        if before is not None and not await self._secured(before, meter):
+            return
         exchange.progress.holding = False
         if data:
             self._keepalive.spoken()
             await self.channel.put(self._clean(data))
         if self._departure is not None:
             await self._departure.look()
+
+    async def _secured(self, before: Excerpt, meter: Meter) -> bool:
+        """Wait until what the meter has seen since ``before`` is held. Raises NotHeld; False where nobody reads it."""
+        exchange, allowance = self._exchange, self._allowance
+        if allowance is None or exchange.ending is not None or before.text_bytes == meter.text_bytes:
+            return True
+        if allowance.covers():
+            return True
+        # Whatever ends the answer while it waits: what is kept back here was not delivered.
+        exchange.delivered = before
+        try:
+            await allowance.secure()
+        except NotHeld:
+            if self._departure is None:
+                raise
+            self._departure.cut(CutBy.HOLD)
+            return False
+        if exchange.ending is None:
+            exchange.delivered = None
+        return True
 
     async def _read_tail(self, decoder: Decoder, chunks: AsyncIterator[bytes]) -> None:
         """What comes after the end mark, if anything does: the answer is whole, so nothing here can spoil it."""
@@ -312,6 +329,8 @@ class Pump:
         """An answer in one piece, passed on when it is whole."""
         body = await self._read_all(chunks, BODY_BYTES_MAX)
         meter = self._exchange.meter = self._order.dialect.decode_body(body, choices=self._order.choices)
+        if not meter.usage_final and not await self._secured(Excerpt.of(Meter()), meter):
+            return
         self._close(_BODY_ENDINGS[meter.ending])
         if meter.ending is AnswerEnding.EMPTY:
             # It costs nothing, so it may not be an answer that only we failed to read.

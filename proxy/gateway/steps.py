@@ -50,8 +50,8 @@ ACCOUNTS_SEEN_MAX = 10_000
 POLL_SECONDS_MIN = 0.05
 POLL_SECONDS_MAX = 0.25
 LOOK_SECONDS = 1.0
-# An event that is longer than this goes on by parts.
-CARRIED_BYTES_MAX = 64 * 1024
+# An event that is longer than this is too long for the decoder, too.
+CARRIED_BYTES_MAX = 16 * 1024 * 1024
 
 # Tokens that no answer has: for whoever may have as many as it likes.
 _ALL = 2**62
@@ -152,7 +152,7 @@ class Allowance:
         self._ask_again_at = 0.0
         self._securing = False
         self._timer: asyncio.TimerHandle | None = None
-        self._carried = b""
+        self._carried = bytearray()
         self._covered = self._ask_at = 0
         self._slice = min(affordable_output(self._price, self._bounds, exchange.granted), self._bounds.output)
         self._take(exchange.granted)
@@ -160,7 +160,7 @@ class Allowance:
     def start(self) -> None:
         """Look after it also while nothing comes, if it may be reasoning then."""
         if self._exchange.ticket.route.hidden_reasoning:
-            self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
+            self._look_later()
 
     def stop(self) -> None:
         """The answer is over."""
@@ -181,13 +181,7 @@ class Allowance:
 
         An event that isn't all there yet is kept for the next chunk: the client couldn't read it anyway.
         """
-        data = self._carried + chunk if self._carried else chunk
-        self._carried = b""
-        if not data.endswith(_EVENT_ENDS) and len(data) <= CARRIED_BYTES_MAX:
-            end = 0
-            for found in _EVENT_END.finditer(data):
-                end = found.end()
-            data, self._carried = data[:end], data[end:]
+        data = self._whole_events(chunk)
         if not data:
             return []
         # No text has more tokens than bytes; twice that, for what a provider adds to each.
@@ -195,9 +189,25 @@ class Allowance:
             return [data]
         return [found.group() for found in _EVENT.finditer(data)]
 
+    def _whole_events(self, chunk: bytes) -> bytes:
+        carried = self._carried
+        if not carried and chunk.endswith(_EVENT_ENDS):
+            return chunk
+        # Only what is new is looked through, and the beginning of an end that it may complete.
+        start, end = max(len(carried) - 3, 0), 0
+        carried += chunk
+        for found in _EVENT_END.finditer(carried, start):
+            end = found.end()
+        if len(carried) - end > CARRIED_BYTES_MAX:
+            end = len(carried)
+        data = bytes(carried[:end])
+        del carried[:end]
+        return data
+
     def rest(self) -> bytes:
         """The stream is over: what is left of it."""
-        rest, self._carried = self._carried, b""
+        rest = bytes(self._carried)
+        self._carried.clear()
         return rest
 
     def covers(self) -> bool:
@@ -270,6 +280,9 @@ class Allowance:
                 extended = await stepper.ledger.extend(
                     Extend(ticket.hold_id, ticket.account_id, ticket.worker_id, total, at_least)
                 )
+            except asyncio.CancelledError:
+                exchange.hold_in_doubt = True
+                raise
             except LedgerError as error:
                 # It may have grown all the same: what ends the hold gives that back.
                 stepper.metrics.hold_not_extended("failed")
@@ -310,10 +323,18 @@ class Allowance:
 
     # While nothing comes.
 
+    def _look_later(self) -> None:
+        """When a model that thinks at its rate will have come to where more is asked for; soon, if it is there."""
+        rate = self._exchange.ticket.route.reasoning_tokens_per_second
+        left = max(self._ask_at - self._exchange.progress.metered, 0)
+        soonest = POLL_SECONDS_MIN if left else POLL_SECONDS_MAX
+        seconds = max(soonest, left / rate) if rate else LOOK_SECONDS
+        self._timer = self._loop.call_later(min(seconds, LOOK_SECONDS), self._look)
+
     def _look(self) -> None:
         if self._exchange.ending is not None or self._covered == _ALL:
             return
-        self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
+        self._look_later()
         if not self.covers() and not self._securing:
             self._securing = True
             self._stepper.own(self._secure_or_cut())
@@ -332,8 +353,8 @@ class Allowance:
 
 
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_EVENT = re.compile(rb".+?(?:\r\n\r\n|\n\n|\r\r|\Z)", re.DOTALL)
+_EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+_EVENT = re.compile(rb".+?(?:\r?\n\r?\n|\r\r|\Z)", re.DOTALL)
 
 # What may be otherwise a moment later.
 _PASSING = frozenset({ExtendOutcome.CREDITS_HELD, ExtendOutcome.WORKER_LAPSED, ExtendOutcome.BUSY})
