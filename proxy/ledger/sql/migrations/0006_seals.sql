@@ -49,8 +49,9 @@ CREATE TABLE farebox.auditing (
 INSERT INTO farebox.auditing (ended_to, prices_to) VALUES ('-infinity', '-infinity');
 
 -- By these the sealer and the audit find what is new, and what belongs to a hold, without reading everything.
-CREATE INDEX holds_ended ON farebox.holds (ended_at) WHERE state <> 'open';
-CREATE INDEX transfers_of_a_hold ON farebox.transfers (hold_id) WHERE kind IN ('overrun', 'reversal');
+-- On tables of many millions an operator makes both beforehand, CONCURRENTLY: docs/operations.md says how.
+CREATE INDEX IF NOT EXISTS holds_ended ON farebox.holds (ended_at) WHERE state <> 'open';
+CREATE INDEX IF NOT EXISTS transfers_of_a_hold ON farebox.transfers (hold_id) WHERE kind IN ('overrun', 'reversal');
 
 -- Their work is done by fewer and faster ones now.
 DROP FUNCTION farebox.audit_accounts, farebox.audit_chain, farebox.audit_charges, farebox.audit_kinds,
