@@ -278,7 +278,8 @@ class Pump:
     async def _pass(self, decoder: Decoder, piece: bytes) -> None:
         """Meter it, hold what it costs, deliver it. Raises NotHeld."""
         exchange, meter = self._exchange, decoder.meter
-        before = None if self._allowance is None else Excerpt.of(meter)
+        allowance = self._allowance
+        before = None if allowance is None or allowance.inert else Excerpt.of(meter)
         exchange.progress.hold_back()
         data = decoder.feed(piece)
         if exchange.first_said_at is None and meter.delivered:

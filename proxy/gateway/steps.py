@@ -280,9 +280,6 @@ class Allowance:
                 extended = await stepper.ledger.extend(
                     Extend(ticket.hold_id, ticket.account_id, ticket.worker_id, total, at_least)
                 )
-            except asyncio.CancelledError:
-                exchange.hold_in_doubt = True
-                raise
             except LedgerError as error:
                 # It may have grown all the same: what ends the hold gives that back.
                 stepper.metrics.hold_not_extended("failed")
