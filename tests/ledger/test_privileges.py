@@ -51,8 +51,11 @@ TABLES = {
     "farebox_control": {
         *("accounts", "api_keys", "spend_limits", "workers", "price_versions", "prices", "holds", "transfers"),
         *("seals", "schema_migrations"),
+        *("freezes", "lots", "draws", "lot_marks", "stripe_customers", "orders", "quarantine", "stripe_events"),
+        *("stripe_refunds", "refund_requests", "disputes", "auto_topups", "alerts", "outbox"),
+        *("promo_codes", "promo_redemptions"),
     },
-    "farebox_reader": {"accounts", "holds", "transfers", "prices"},
+    "farebox_reader": {"accounts", "holds", "transfers", "prices", "lots", "orders", "auto_topups"},
 }
 ACLS = """
     SELECT kind, name, coalesce(r.rolname, 'PUBLIC') AS grantee, a.privilege_type AS privilege

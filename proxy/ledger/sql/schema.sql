@@ -553,7 +553,6 @@ CREATE TABLE farebox.transfers (
     actor text,
     reason text,
     created_at timestamp with time zone NOT NULL,
-    CONSTRAINT known_kind CHECK ((kind = ANY (ARRAY['grant'::text, 'charge'::text, 'true_up'::text, 'overrun'::text, 'debt_payment'::text, 'reversal'::text]))),
     CONSTRAINT transfers_account_side_check CHECK ((account_side = ANY (ARRAY['debit'::text, 'credit'::text]))),
     CONSTRAINT transfers_amount_check CHECK ((amount > 0)),
     CONSTRAINT transfers_balance_after_check CHECK ((balance_after >= 0)),
@@ -1095,6 +1094,53 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_kind text, _expires_at timestamp with time zone, _priority integer, _order_id uuid, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    purse farebox.purse;
+    known farebox.transfers;
+    at timestamptz;
+BEGIN
+    IF _kind IN ('grant', 'promo', 'purchase', 'plan') IS NOT TRUE THEN
+        RAISE EXCEPTION 'no such kind of grant: %', _kind USING ERRCODE = '22023';
+    END IF;
+    IF _amount > 0 IS NOT TRUE THEN
+        RAISE EXCEPTION 'a grant of % microcredits', _amount USING ERRCODE = '22023';
+    END IF;
+    SELECT * INTO known FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference;
+    IF known.version IS NOT NULL THEN
+        outcome := CASE WHEN known.account_id = _account_id AND known.amount = _amount THEN 'done' ELSE 'conflict' END;
+        transfer_account := known.account_id;
+        transfer_version := known.version;
+        RETURN;
+    END IF;
+    purse := farebox.open_purse(_account_id);
+    outcome := CASE
+        WHEN purse IS NULL THEN 'unknown'
+        -- Some room below what 64 bits carry, for sums.
+        WHEN purse.balance > 1000000000000000000 - _amount THEN 'above_limit'
+        ELSE 'done'
+    END;
+    IF outcome <> 'done' THEN
+        RETURN;
+    END IF;
+    at := clock_timestamp();
+    transfer_account := _account_id;
+    transfer_version := purse.version + 1;
+    purse := farebox.moved(purse, _kind, -_amount, 0);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, NULL, _reference, _actor, _reason)], NULL, NULL, at
+    );
+    INSERT INTO farebox.lots (
+        account_id, version, kind, amount, remaining, priority, expires_at, order_id, created_at
+    ) VALUES (
+        _account_id, transfer_version, _lot_kind, _amount, _amount, coalesce(_priority, farebox.priority_of(_lot_kind)),
+        _expires_at, _order_id, at
+    );
+END
+$$;
+
 CREATE TABLE farebox.holds (
     id uuid NOT NULL,
     account_id uuid NOT NULL,
@@ -1623,13 +1669,16 @@ $$;
 CREATE FUNCTION farebox.named_rightly(_row farebox.transfers) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
-    SELECT CASE _row.kind
-        WHEN 'charge' THEN _row.account_side = 'debit' AND _row.system_account = 'revenue'
-        WHEN 'grant' THEN _row.account_side = 'credit' AND _row.system_account = 'grants' AND _row.hold_id IS NULL
-        WHEN 'true_up' THEN _row.system_account = 'revenue'
-        WHEN 'reversal' THEN _row.account_side = 'credit' AND _row.system_account = 'revenue'
-        WHEN 'overrun' THEN _row.account_side = 'credit' AND _row.system_account = 'receivable'
-        WHEN 'debt_payment' THEN _row.account_side = 'debit' AND _row.system_account = 'receivable'
+    SELECT CASE
+        WHEN _row.kind = 'overrun' THEN _row.account_side = 'credit' AND _row.system_account = 'receivable'
+        WHEN _row.kind = 'debt_payment' THEN _row.account_side = 'debit' AND _row.system_account = 'receivable'
+        WHEN _row.system_account = farebox.system_side(_row.kind) THEN CASE
+            WHEN _row.kind = 'true_up' THEN true
+            WHEN _row.kind = 'charge' THEN _row.account_side = 'debit'
+            WHEN _row.kind = 'reversal' THEN _row.account_side = 'credit'
+            WHEN _row.kind IN ('refund', 'dispute', 'expiry') THEN _row.account_side = 'debit' AND _row.hold_id IS NULL
+            ELSE _row.account_side = 'credit' AND _row.hold_id IS NULL
+        END
         ELSE false
     END
 $$;
@@ -1674,6 +1723,12 @@ CREATE FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _per_req
         END,
         false
     )
+$$;
+
+CREATE FUNCTION farebox.priority_of(_lot_kind text) RETURNS integer
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE _lot_kind WHEN 'promo' THEN 100 WHEN 'granted' THEN 200 WHEN 'paid' THEN 300 END
 $$;
 
 CREATE FUNCTION farebox.put_price_version(_version text, _body text) RETURNS boolean
@@ -2141,6 +2196,19 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.system_side(_kind text) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT CASE _kind
+        WHEN 'charge' THEN 'revenue' WHEN 'true_up' THEN 'revenue' WHEN 'reversal' THEN 'revenue'
+        WHEN 'grant' THEN 'grants' WHEN 'promo' THEN 'grants'
+        WHEN 'purchase' THEN 'stripe' WHEN 'plan' THEN 'stripe'
+        WHEN 'refund' THEN 'refunds' WHEN 'refund_return' THEN 'refunds'
+        WHEN 'dispute' THEN 'disputes' WHEN 'dispute_return' THEN 'disputes'
+        WHEN 'expiry' THEN 'expired'
+    END
+$$;
+
 CREATE FUNCTION farebox.transfer_bytes(_row farebox.transfers) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
     AS $$
@@ -2209,8 +2277,7 @@ BEGIN
            -- later, owned, owed: what came after, taken back out of the version, the balance and the debt.
            LATERAL (VALUES
                ('overrun', 'credit', 'receivable', m.lent, 1, m.due, 0),
-               (m.kind, CASE WHEN m.due > 0 THEN 'debit' ELSE 'credit' END,
-                CASE m.kind WHEN 'grant' THEN 'grants' ELSE 'revenue' END,
+               (m.kind, CASE WHEN m.due > 0 THEN 'debit' ELSE 'credit' END, farebox.system_side(m.kind),
                 abs(m.due), (m.paid > 0)::integer, m.paid, m.paid),
                ('debt_payment', 'debit', 'receivable', m.paid, 0, 0, 0)
            ) AS t (kind, side, system_account, amount, later, owned, owed)
@@ -2233,12 +2300,21 @@ CREATE TABLE farebox.accounts (
     debt bigint DEFAULT 0 NOT NULL,
     version bigint DEFAULT 0 NOT NULL,
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    frozen_at timestamp with time zone,
     CONSTRAINT available_not_negative CHECK (((balance - held) >= 0)),
     CONSTRAINT debt_not_negative CHECK ((debt >= 0)),
     CONSTRAINT debt_paid_first CHECK (((debt = 0) OR (balance = held))),
     CONSTRAINT held_not_negative CHECK ((held >= 0))
 )
 WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.02');
+
+CREATE TABLE farebox.alerts (
+    account_id uuid NOT NULL,
+    low_balance bigint,
+    low_told_at timestamp with time zone,
+    debt_told_at timestamp with time zone,
+    CONSTRAINT alerts_low_balance_check CHECK ((low_balance >= 0))
+);
 
 CREATE TABLE farebox.audit_marks (
     account_id uuid NOT NULL,
@@ -2256,6 +2332,50 @@ CREATE TABLE farebox.auditing (
     CONSTRAINT auditing_one_check CHECK (one)
 );
 
+CREATE TABLE farebox.auto_topups (
+    account_id uuid NOT NULL,
+    enabled boolean NOT NULL,
+    threshold bigint NOT NULL,
+    pack text NOT NULL,
+    monthly_max bigint NOT NULL,
+    failures integer DEFAULT 0 NOT NULL,
+    blocked_until timestamp with time zone,
+    problem text,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT auto_topups_monthly_max_check CHECK ((monthly_max >= 0)),
+    CONSTRAINT auto_topups_threshold_check CHECK ((threshold >= 0))
+);
+
+CREATE TABLE farebox.disputes (
+    id text NOT NULL,
+    order_id uuid NOT NULL,
+    amount bigint NOT NULL,
+    status text NOT NULL,
+    status_rank integer NOT NULL,
+    withdrawn boolean NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT disputes_amount_check CHECK ((amount > 0))
+);
+
+CREATE TABLE farebox.draws (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    lot_version bigint NOT NULL,
+    amount bigint NOT NULL,
+    CONSTRAINT draws_amount_check CHECK ((amount <> 0))
+);
+
+CREATE TABLE farebox.freezes (
+    account_id uuid NOT NULL,
+    reference text NOT NULL,
+    reason text NOT NULL,
+    actor text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    lifted_at timestamp with time zone,
+    lifted_by text
+);
+
 CREATE UNLOGGED TABLE farebox.idempotency_answers (
     hold_id uuid NOT NULL,
     head text NOT NULL,
@@ -2267,6 +2387,104 @@ CREATE TABLE farebox.ledger_identity (
     id uuid DEFAULT gen_random_uuid() NOT NULL,
     only_one boolean DEFAULT true NOT NULL,
     CONSTRAINT ledger_identity_only_one_check CHECK (only_one)
+);
+
+CREATE TABLE farebox.lot_marks (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL
+)
+WITH (fillfactor='70');
+
+CREATE TABLE farebox.lots (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    kind text NOT NULL,
+    amount bigint NOT NULL,
+    remaining bigint NOT NULL,
+    reserved bigint DEFAULT 0 NOT NULL,
+    owed bigint DEFAULT 0 NOT NULL,
+    priority integer NOT NULL,
+    expires_at timestamp with time zone,
+    order_id uuid,
+    created_at timestamp with time zone NOT NULL,
+    CONSTRAINT lots_amount_check CHECK ((amount > 0)),
+    CONSTRAINT lots_kind_check CHECK ((kind = ANY (ARRAY['paid'::text, 'granted'::text, 'promo'::text]))),
+    CONSTRAINT lots_owed_check CHECK ((owed >= 0)),
+    CONSTRAINT lots_remaining_check CHECK ((remaining >= 0)),
+    CONSTRAINT lots_reserved_check CHECK ((reserved >= 0)),
+    CONSTRAINT remaining_within_amount CHECK ((remaining <= amount))
+)
+WITH (fillfactor='70');
+
+CREATE TABLE farebox.orders (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    kind text NOT NULL,
+    state text DEFAULT 'created'::text NOT NULL,
+    pack text,
+    credits bigint NOT NULL,
+    bonus bigint DEFAULT 0 NOT NULL,
+    credits_seconds bigint,
+    bonus_seconds bigint,
+    currency text NOT NULL,
+    price bigint NOT NULL,
+    discount_max bigint DEFAULT 0 NOT NULL,
+    livemode boolean NOT NULL,
+    actor text NOT NULL,
+    request_key text,
+    request_digest bytea,
+    save_payment_method boolean DEFAULT false NOT NULL,
+    success_url text,
+    cancel_url text,
+    customer text,
+    payment_method text,
+    session_id text,
+    payment_intent text,
+    invoice text,
+    url text,
+    problem text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    paid_at timestamp with time zone,
+    received bigint,
+    subtotal bigint,
+    discount bigint,
+    tax bigint,
+    credit_version bigint,
+    bonus_version bigint,
+    taken bigint DEFAULT 0 NOT NULL,
+    bonus_taken bigint DEFAULT 0 NOT NULL,
+    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
+    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
+    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
+    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
+    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
+    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
+    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
+    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
+    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
+    CONSTRAINT orders_price_check CHECK ((price > 0)),
+    CONSTRAINT orders_received_check CHECK ((received >= 0)),
+    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
+    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
+    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
+    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
+    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
+    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
+);
+
+CREATE TABLE farebox.outbox (
+    id uuid NOT NULL,
+    type text NOT NULL,
+    account_id uuid NOT NULL,
+    reference text,
+    payload text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    next_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    error text,
+    delivered_at timestamp with time zone,
+    given_up_at timestamp with time zone
 );
 
 CREATE TABLE farebox.price_versions (
@@ -2284,6 +2502,66 @@ CREATE TABLE farebox.prices (
     per_request bigint NOT NULL,
     CONSTRAINT prices_per_request_check CHECK ((per_request >= 0)),
     CONSTRAINT seven_rates CHECK (((cardinality(rates) = 7) AND (0 <= ALL (rates))))
+);
+
+CREATE TABLE farebox.promo_codes (
+    code text NOT NULL,
+    credits bigint NOT NULL,
+    credits_seconds bigint,
+    starts_at timestamp with time zone,
+    ends_at timestamp with time zone,
+    redemptions_max bigint,
+    redeemed bigint DEFAULT 0 NOT NULL,
+    actor text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    ended_at timestamp with time zone,
+    CONSTRAINT promo_codes_code_check CHECK ((code = upper(code))),
+    CONSTRAINT promo_codes_credits_check CHECK ((credits > 0)),
+    CONSTRAINT promo_codes_credits_seconds_check CHECK ((credits_seconds > 0)),
+    CONSTRAINT promo_codes_redemptions_max_check CHECK ((redemptions_max > 0)),
+    CONSTRAINT redeemed_within_max CHECK ((redeemed <= redemptions_max))
+);
+
+CREATE TABLE farebox.promo_redemptions (
+    code text NOT NULL,
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+CREATE TABLE farebox.quarantine (
+    payment text NOT NULL,
+    order_id uuid,
+    account_id uuid,
+    reason text NOT NULL,
+    currency text,
+    received bigint,
+    livemode boolean NOT NULL,
+    seen_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    resolved_at timestamp with time zone,
+    resolved_by text,
+    resolution text,
+    CONSTRAINT quarantine_resolution_check CHECK ((resolution = ANY (ARRAY['credited'::text, 'dismissed'::text])))
+);
+
+CREATE TABLE farebox.refund_requests (
+    id uuid NOT NULL,
+    order_id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    amount bigint NOT NULL,
+    credits bigint NOT NULL,
+    bonus bigint NOT NULL,
+    state text DEFAULT 'held'::text NOT NULL,
+    refund text,
+    actor text NOT NULL,
+    reason text,
+    problem text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT refund_requests_amount_check CHECK ((amount > 0)),
+    CONSTRAINT refund_requests_bonus_check CHECK ((bonus >= 0)),
+    CONSTRAINT refund_requests_credits_check CHECK ((credits >= 0)),
+    CONSTRAINT refund_requests_state_check CHECK ((state = ANY (ARRAY['held'::text, 'done'::text, 'released'::text])))
 );
 
 CREATE TABLE farebox.schema_migrations (
@@ -2312,6 +2590,40 @@ CREATE TABLE farebox.spend_limits (
 )
 WITH (fillfactor='50');
 
+CREATE TABLE farebox.stripe_customers (
+    account_id uuid NOT NULL,
+    livemode boolean NOT NULL,
+    customer text NOT NULL,
+    payment_method text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+CREATE TABLE farebox.stripe_events (
+    id text NOT NULL,
+    type text NOT NULL,
+    livemode boolean NOT NULL,
+    object_id text NOT NULL,
+    created timestamp with time zone NOT NULL,
+    received_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    tried_at timestamp with time zone,
+    error text,
+    processed_at timestamp with time zone,
+    outcome text
+);
+
+CREATE TABLE farebox.stripe_refunds (
+    id text NOT NULL,
+    order_id uuid NOT NULL,
+    amount bigint NOT NULL,
+    status text NOT NULL,
+    status_rank integer NOT NULL,
+    active boolean NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT stripe_refunds_amount_check CHECK ((amount > 0))
+);
+
 CREATE TABLE farebox.workers (
     id uuid NOT NULL,
     hostname text NOT NULL,
@@ -2330,6 +2642,9 @@ ALTER TABLE ONLY farebox.accounts
 ALTER TABLE ONLY farebox.accounts
     ADD CONSTRAINT accounts_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY farebox.alerts
+    ADD CONSTRAINT alerts_pkey PRIMARY KEY (account_id);
+
 ALTER TABLE ONLY farebox.api_keys
     ADD CONSTRAINT api_keys_pkey PRIMARY KEY (id);
 
@@ -2338,6 +2653,18 @@ ALTER TABLE ONLY farebox.audit_marks
 
 ALTER TABLE ONLY farebox.auditing
     ADD CONSTRAINT auditing_pkey PRIMARY KEY (one);
+
+ALTER TABLE ONLY farebox.auto_topups
+    ADD CONSTRAINT auto_topups_pkey PRIMARY KEY (account_id);
+
+ALTER TABLE ONLY farebox.disputes
+    ADD CONSTRAINT disputes_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.draws
+    ADD CONSTRAINT draws_pkey PRIMARY KEY (account_id, version, lot_version);
+
+ALTER TABLE ONLY farebox.freezes
+    ADD CONSTRAINT freezes_pkey PRIMARY KEY (account_id, reference);
 
 ALTER TABLE ONLY farebox.holds
     ADD CONSTRAINT holds_pkey PRIMARY KEY (id);
@@ -2348,14 +2675,59 @@ ALTER TABLE ONLY farebox.idempotency_answers
 ALTER TABLE ONLY farebox.idempotency_keys
     ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (account_id, key_hash);
 
+ALTER TABLE farebox.transfers
+    ADD CONSTRAINT known_kind CHECK ((kind = ANY (ARRAY['grant'::text, 'promo'::text, 'purchase'::text, 'plan'::text, 'charge'::text, 'true_up'::text, 'overrun'::text, 'debt_payment'::text, 'reversal'::text, 'refund'::text, 'refund_return'::text, 'dispute'::text, 'dispute_return'::text, 'expiry'::text]))) NOT VALID;
+
 ALTER TABLE ONLY farebox.ledger_identity
     ADD CONSTRAINT ledger_identity_pkey PRIMARY KEY (only_one);
+
+ALTER TABLE ONLY farebox.lot_marks
+    ADD CONSTRAINT lot_marks_pkey PRIMARY KEY (account_id);
+
+ALTER TABLE ONLY farebox.lots
+    ADD CONSTRAINT lots_pkey PRIMARY KEY (account_id, version);
+
+ALTER TABLE ONLY farebox.orders
+    ADD CONSTRAINT orders_account_id_request_key_key UNIQUE (account_id, request_key);
+
+ALTER TABLE ONLY farebox.orders
+    ADD CONSTRAINT orders_invoice_key UNIQUE (invoice);
+
+ALTER TABLE ONLY farebox.orders
+    ADD CONSTRAINT orders_payment_intent_key UNIQUE (payment_intent);
+
+ALTER TABLE ONLY farebox.orders
+    ADD CONSTRAINT orders_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.orders
+    ADD CONSTRAINT orders_session_id_key UNIQUE (session_id);
+
+ALTER TABLE ONLY farebox.outbox
+    ADD CONSTRAINT outbox_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.outbox
+    ADD CONSTRAINT outbox_type_reference_key UNIQUE (type, reference);
 
 ALTER TABLE ONLY farebox.price_versions
     ADD CONSTRAINT price_versions_pkey PRIMARY KEY (version);
 
 ALTER TABLE ONLY farebox.prices
     ADD CONSTRAINT prices_pkey PRIMARY KEY (version, model, variant);
+
+ALTER TABLE ONLY farebox.promo_codes
+    ADD CONSTRAINT promo_codes_pkey PRIMARY KEY (code);
+
+ALTER TABLE ONLY farebox.promo_redemptions
+    ADD CONSTRAINT promo_redemptions_pkey PRIMARY KEY (code, account_id);
+
+ALTER TABLE ONLY farebox.quarantine
+    ADD CONSTRAINT quarantine_pkey PRIMARY KEY (payment);
+
+ALTER TABLE ONLY farebox.refund_requests
+    ADD CONSTRAINT refund_requests_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.refund_requests
+    ADD CONSTRAINT refund_requests_refund_key UNIQUE (refund);
 
 ALTER TABLE ONLY farebox.schema_migrations
     ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (number);
@@ -2369,6 +2741,18 @@ ALTER TABLE ONLY farebox.seals
 ALTER TABLE ONLY farebox.spend_limits
     ADD CONSTRAINT spend_limits_pkey PRIMARY KEY (family);
 
+ALTER TABLE ONLY farebox.stripe_customers
+    ADD CONSTRAINT stripe_customers_customer_key UNIQUE (customer);
+
+ALTER TABLE ONLY farebox.stripe_customers
+    ADD CONSTRAINT stripe_customers_pkey PRIMARY KEY (account_id, livemode);
+
+ALTER TABLE ONLY farebox.stripe_events
+    ADD CONSTRAINT stripe_events_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY farebox.stripe_refunds
+    ADD CONSTRAINT stripe_refunds_pkey PRIMARY KEY (id);
+
 ALTER TABLE ONLY farebox.transfers
     ADD CONSTRAINT transfers_pkey PRIMARY KEY (account_id, version);
 
@@ -2378,6 +2762,10 @@ ALTER TABLE ONLY farebox.workers
 CREATE INDEX api_keys_account ON farebox.api_keys USING btree (account_id);
 
 CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
+
+CREATE INDEX disputes_order ON farebox.disputes USING btree (order_id);
+
+CREATE INDEX draws_lot ON farebox.draws USING btree (account_id, lot_version);
 
 CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id) WHERE (state <> 'open'::text);
 
@@ -2389,15 +2777,37 @@ CREATE INDEX idempotency_answers_age ON farebox.idempotency_answers USING btree 
 
 CREATE INDEX idempotency_keys_age ON farebox.idempotency_keys USING brin (claimed_at) WITH (autosummarize='on');
 
+CREATE INDEX lots_expiring ON farebox.lots USING btree (expires_at) WHERE ((remaining > 0) AND (expires_at IS NOT NULL));
+
+CREATE INDEX lots_left ON farebox.lots USING btree (account_id) WHERE (remaining > 0);
+
+CREATE INDEX lots_order ON farebox.lots USING btree (order_id) WHERE (order_id IS NOT NULL);
+
+CREATE INDEX orders_account ON farebox.orders USING btree (account_id, created_at);
+
+CREATE UNIQUE INDEX orders_one_auto ON farebox.orders USING btree (account_id) WHERE ((kind = 'auto'::text) AND (state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text])));
+
+CREATE INDEX orders_unfinished ON farebox.orders USING btree (created_at) WHERE (state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text]));
+
+CREATE INDEX outbox_due ON farebox.outbox USING btree (next_at) WHERE ((delivered_at IS NULL) AND (given_up_at IS NULL));
+
+CREATE INDEX refund_requests_held ON farebox.refund_requests USING btree (created_at) WHERE (state = 'held'::text);
+
 CREATE INDEX seals_ended_to ON farebox.seals USING btree (ended_to) WHERE (ended_to IS NOT NULL);
 
 CREATE INDEX spend_limits_account ON farebox.spend_limits USING btree (account_id);
+
+CREATE INDEX stripe_events_unprocessed ON farebox.stripe_events USING btree (received_at) WHERE (processed_at IS NULL);
+
+CREATE INDEX stripe_refunds_order ON farebox.stripe_refunds USING btree (order_id);
 
 CREATE INDEX transfers_of_a_hold ON farebox.transfers USING btree (hold_id) WHERE (kind = ANY (ARRAY['overrun'::text, 'reversal'::text]));
 
 CREATE UNIQUE INDEX transfers_once_a_hold ON farebox.transfers USING btree (hold_id, kind) WHERE (kind = ANY (ARRAY['charge'::text, 'true_up'::text]));
 
 CREATE UNIQUE INDEX transfers_reference ON farebox.transfers USING btree (kind, reference) WHERE (reference IS NOT NULL);
+
+CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.draws FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.seals FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
@@ -2411,7 +2821,20 @@ CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.accounts FOR E
 
 CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.api_keys FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.disputes FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
 CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.holds FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.lots FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.orders FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.refund_requests FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER never_removed BEFORE DELETE OR TRUNCATE ON farebox.stripe_refunds FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+ALTER TABLE ONLY farebox.alerts
+    ADD CONSTRAINT alerts_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
 
 ALTER TABLE ONLY farebox.api_keys
     ADD CONSTRAINT api_keys_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
@@ -2419,25 +2842,70 @@ ALTER TABLE ONLY farebox.api_keys
 ALTER TABLE ONLY farebox.api_keys
     ADD CONSTRAINT api_keys_family_fkey FOREIGN KEY (family) REFERENCES farebox.api_keys(id);
 
+ALTER TABLE ONLY farebox.auto_topups
+    ADD CONSTRAINT auto_topups_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
+ALTER TABLE ONLY farebox.disputes
+    ADD CONSTRAINT disputes_order_id_fkey FOREIGN KEY (order_id) REFERENCES farebox.orders(id);
+
+ALTER TABLE ONLY farebox.freezes
+    ADD CONSTRAINT freezes_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
+ALTER TABLE ONLY farebox.orders
+    ADD CONSTRAINT orders_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
 ALTER TABLE ONLY farebox.prices
     ADD CONSTRAINT prices_version_fkey FOREIGN KEY (version) REFERENCES farebox.price_versions(version);
 
+ALTER TABLE ONLY farebox.promo_redemptions
+    ADD CONSTRAINT promo_redemptions_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
+ALTER TABLE ONLY farebox.promo_redemptions
+    ADD CONSTRAINT promo_redemptions_code_fkey FOREIGN KEY (code) REFERENCES farebox.promo_codes(code);
+
+ALTER TABLE ONLY farebox.refund_requests
+    ADD CONSTRAINT refund_requests_order_id_fkey FOREIGN KEY (order_id) REFERENCES farebox.orders(id);
+
 ALTER TABLE ONLY farebox.spend_limits
     ADD CONSTRAINT spend_limits_family_fkey FOREIGN KEY (family) REFERENCES farebox.api_keys(id);
+
+ALTER TABLE ONLY farebox.stripe_customers
+    ADD CONSTRAINT stripe_customers_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
+ALTER TABLE ONLY farebox.stripe_refunds
+    ADD CONSTRAINT stripe_refunds_order_id_fkey FOREIGN KEY (order_id) REFERENCES farebox.orders(id);
 
 ALTER TABLE farebox.accounts ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY all_accounts ON farebox.accounts FOR SELECT TO farebox_control USING (true);
 
+CREATE POLICY all_auto_topups ON farebox.auto_topups FOR SELECT TO farebox_control USING (true);
+
 CREATE POLICY all_holds ON farebox.holds FOR SELECT TO farebox_control USING (true);
+
+CREATE POLICY all_lots ON farebox.lots FOR SELECT TO farebox_control USING (true);
+
+CREATE POLICY all_orders ON farebox.orders FOR SELECT TO farebox_control USING (true);
 
 CREATE POLICY all_transfers ON farebox.transfers FOR SELECT TO farebox_control USING (true);
 
+ALTER TABLE farebox.auto_topups ENABLE ROW LEVEL SECURITY;
+
 ALTER TABLE farebox.holds ENABLE ROW LEVEL SECURITY;
+
+ALTER TABLE farebox.lots ENABLE ROW LEVEL SECURITY;
+
+ALTER TABLE farebox.orders ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY own_account ON farebox.accounts FOR SELECT TO farebox_reader USING ((id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
 
+CREATE POLICY own_auto_topup ON farebox.auto_topups FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
+
 CREATE POLICY own_holds ON farebox.holds FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
+
+CREATE POLICY own_lots ON farebox.lots FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
+
+CREATE POLICY own_orders ON farebox.orders FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
 
 CREATE POLICY own_transfers ON farebox.transfers FOR SELECT TO farebox_reader USING ((account_id = ( SELECT (NULLIF(current_setting('farebox.account'::text, true), ''::text))::uuid AS "nullif")));
 
@@ -2517,6 +2985,8 @@ GRANT ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id 
 REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_kind text, _expires_at timestamp with time zone, _priority integer, _order_id uuid, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
+
 GRANT SELECT ON TABLE farebox.holds TO farebox_control;
 GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
 
@@ -2586,6 +3056,8 @@ REVOKE ALL ON FUNCTION farebox.price_rows(_body text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _per_request bigint) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.priority_of(_lot_kind text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_control;
@@ -2633,6 +3105,8 @@ GRANT ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) TO farebox_gateway;
 REVOKE ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.system_side(_kind text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.transfer_bytes(_row farebox.transfers) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint, _upto bigint, OUT digest bytea, OUT rows bigint) FROM PUBLIC;
@@ -2645,13 +3119,48 @@ REVOKE ALL ON FUNCTION farebox.write_down(_purses farebox.purse[], _moves farebo
 GRANT SELECT ON TABLE farebox.accounts TO farebox_control;
 GRANT SELECT ON TABLE farebox.accounts TO farebox_reader;
 
+GRANT SELECT ON TABLE farebox.alerts TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.auto_topups TO farebox_control;
+GRANT SELECT ON TABLE farebox.auto_topups TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.disputes TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.draws TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.freezes TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.lot_marks TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.lots TO farebox_control;
+GRANT SELECT ON TABLE farebox.lots TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.orders TO farebox_control;
+GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
+
+GRANT SELECT ON TABLE farebox.outbox TO farebox_control;
+
 GRANT SELECT ON TABLE farebox.price_versions TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.prices TO farebox_control;
 GRANT SELECT ON TABLE farebox.prices TO farebox_reader;
 
+GRANT SELECT ON TABLE farebox.promo_codes TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.promo_redemptions TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.quarantine TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.refund_requests TO farebox_control;
+
 GRANT SELECT ON TABLE farebox.schema_migrations TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.spend_limits TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.stripe_customers TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.stripe_events TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.stripe_refunds TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.workers TO farebox_control;
