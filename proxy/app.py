@@ -333,10 +333,12 @@ async def _money(
     )
     sweeper.start()
     stack.push_async_callback(sweeper.stop)
+    loop = asyncio.get_running_loop()
     metrics.watch(
         exchanges=lambda: settler.open_exchanges,
         unsettled=lambda: settler.unsettled,
         lease_held=lambda: float(lease.held()),
+        tasks=lambda: float(len(asyncio.all_tasks(loop))),
     )
     if (journal := journaling.journal) is not None:
         metrics.watch_journal(

@@ -178,16 +178,18 @@ class Metrics:
         unsettled: Callable[[], float] | None = None,
         lease_held: Callable[[], float] | None = None,
         drains: Callable[[], float] | None = None,
+        tasks: Callable[[], float] | None = None,
     ) -> None:
         """Read these when scraped, from the server's thread.
 
-        Open exchanges, finalizes not yet written, whether the lease is held, answers without a client.
+        Open exchanges, finalizes not yet written, whether the lease is held, answers without a client, asyncio's tasks.
         """
         watched = (
             (self._exchanges, exchanges),
             (self._unsettled, unsettled),
             (self._lease, lease_held),
             (self._drains, drains),
+            (self._tasks, tasks),
         )
         for gauge, read in watched:
             if read is not None:
@@ -265,6 +267,7 @@ class Metrics:
         departures = self._counter("departures_total", "Answers whose client left before their end.", ("outcome",))
         self._departures = {outcome: departures.labels(outcome) for outcome in DEPARTURES}
         self._drains = self._gauge("drains", "Answers that are read on for clients that have left.")
+        self._tasks = self._gauge("tasks", "Tasks of the event loop.")
         tokens = self._counter("tokens_total", "Tokens settled, by class and by who said so.", ("class", "source"))
         self._tokens = {source: [tokens.labels(name, source) for name in TOKEN_CLASSES] for source in _SOURCES}
         self._implausible = self._counter("implausible_usage_total", "Answers whose reported usage was not believed.")

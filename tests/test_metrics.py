@@ -76,11 +76,12 @@ def test_an_unknown_operation_is_other_and_makes_no_series() -> None:
 def test_watched_values_are_read_at_the_scrape() -> None:
     metrics = Metrics()
     unsettled: list[int] = []
-    metrics.watch(exchanges=lambda: 3, unsettled=lambda: len(unsettled), lease_held=lambda: True)
+    metrics.watch(exchanges=lambda: 3, unsettled=lambda: len(unsettled), lease_held=lambda: True, tasks=lambda: 7)
     unsettled.append(1)
     assert value(metrics, "unsettled_finalizes") == 1
     assert value(metrics, "open_exchanges") == 3
     assert value(metrics, "worker_lease_held") == 1
+    assert value(metrics, "tasks") == 7
 
 
 def test_two_processes_worth_of_metrics_do_not_share() -> None:

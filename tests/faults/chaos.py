@@ -28,6 +28,7 @@ from tests.faults.points import POINTS, Point
 from tests.faults.provider import running_provider
 from tests.faults.restarting import RestartingPostgres
 from tests.faults.scene import FACTOR, open_scene
+from tests.faults.stopping import stopped_and_continued
 from tests.faults.trouble import Found, kill_round, restart_round
 from tests.hostile import slow_readers, slowloris
 from tests.postgres import fresh_database, remove_cluster, running_cluster
@@ -39,6 +40,7 @@ RESTARTS_FACTOR = 5.0
 POINTS_AT_ONCE = 4
 READERS = 1_000
 SLOW_CONNECTIONS = 2_000
+STOPPED_SECONDS = 60.0
 
 
 @dataclass
@@ -141,6 +143,19 @@ class Chaos:
             "slowloris", f"{SLOW_CONNECTIONS} that never finish asking", noted=found.report(), wrongs=found.wrongs()
         )
 
+    async def stopping(self) -> Row:
+        """A worker stopped for a minute and continued, with leases as they are."""
+        row = Row("SIGSTOP", f"{STOPPED_SECONDS:.0f} s under {STREAMS} streams, then SIGCONT; leases as they are")
+        with fresh_database(self.address) as database:
+            async with (
+                running_provider() as provider,
+                running_nursery() as nursery,
+                open_scene(database, provider, nursery, self.directory / "stops", factor=1.0) as scene,
+            ):
+                row.wrongs = await stopped_and_continued(scene, streams=STREAMS, stopped_seconds=STOPPED_SECONDS)
+        row.noted = "" if row.wrongs else "every hold swept at its mark, then trued up to what was delivered"
+        return row
+
     def _place(self, name: str) -> Path:
         place = self.directory / name
         place.mkdir()
@@ -153,6 +168,7 @@ TRIALS: dict[str, Callable[[Chaos], Awaitable[Row]]] = {
     "restarts": Chaos.restarting,
     "readers": Chaos.reading_slowly,
     "slowloris": Chaos.asking_slowly,
+    "stops": Chaos.stopping,
 }
 
 

@@ -3,8 +3,8 @@
     python -m tests.faults.soak [--minutes 60] [--streams 500] [--seed N]
 
 Each minute of load is followed by a quiet moment. Wrong is: resident memory that grows by more than a MiB an hour after
-the warm-up, more descriptors or threads in the last quiet moment than in the first, a hold that is left, and whatever
-the judge finds. A run of a few minutes can't tell such a slope from noise, and says so.
+the warm-up, more descriptors, threads or tasks in the last quiet moment than in the first, a hold that is left, and
+whatever the judge finds. A run of a few minutes can't tell such a slope from noise, and says so.
 """
 
 import argparse
@@ -12,11 +12,12 @@ import asyncio
 import random
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.faults.nursery import Process, running_nursery
@@ -30,18 +31,19 @@ SLOPE_MINUTES_MIN = 30.0
 WARM_UP_SHARE = 0.25
 SAMPLE_SECONDS = 5.0
 MORE_MAX = 10
-"""Descriptors or threads by which one quiet moment may differ from another. The first one is after a minute's work:
-lines to the ledger and idle connections to the upstream stay open once they are."""
+"""Descriptors, threads or tasks by which one quiet moment may differ from another. The first one is after a minute's
+work: lines to the ledger and idle connections to the upstream stay open once they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A process at a moment: seconds, MiB, open descriptors, threads."""
+    """A process at a moment: seconds, MiB, open descriptors, threads; and tasks of its loop, where it was asked."""
 
     at: float
     mib: float
     descriptors: int
     threads: int
+    tasks: int = 0
 
 
 def look(process: Process) -> Sample:
@@ -51,6 +53,21 @@ def look(process: Process) -> Sample:
     )
     descriptors = sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())
     return Sample(time.monotonic(), int(status["VmRSS"].split()[0]) / 1024, descriptors, int(status["Threads"]))
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+async def tasks_of(scene: Scene, port: int) -> int:
+    """How many tasks the process with its metrics at ``port`` says it has."""
+    answer = await scene.http.get(f"http://127.0.0.1:{port}/metrics")
+    [value] = [line.split()[1] for line in answer.text.splitlines() if line.startswith("farebox_tasks ")]
+    return int(float(value))
 
 
 def slope(samples: list[Sample]) -> float:
@@ -64,7 +81,8 @@ def slope(samples: list[Sample]) -> float:
 
 async def soak(scene: Scene, *, seed: int, streams: int, minutes: float) -> list[str]:
     """Serve for so long, in rounds of calls, and return what is wrong."""
-    process = await scene.worker("worker", LOG_LEVEL="warning", SHUTDOWN_SECONDS="10")
+    port = free_port()
+    process = await scene.worker("worker", LOG_LEVEL="warning", SHUTDOWN_SECONDS="10", METRICS_PORT=str(port))
     await process.url()
     random_, found, samples = random.Random(seed), Found(), []
     crowd = Crowd(scene, random_, streams, {"worker": process})
@@ -79,7 +97,7 @@ async def soak(scene: Scene, *, seed: int, streams: int, minutes: float) -> list
             if sample.at > warm:
                 samples.append(sample)
         await quiet(scene, found, crowd)
-        quiets.append(look(process))
+        quiets.append(replace(look(process), tasks=await tasks_of(scene, port)))
         print(f"  {quiets[-1]}: {found.told()}", flush=True)
         scene.forget()
     rise, first, last = slope(samples), quiets[0], quiets[-1]
@@ -93,6 +111,8 @@ async def soak(scene: Scene, *, seed: int, streams: int, minutes: float) -> list
         wrongs.append(f"{last.descriptors} descriptors, where there were {first.descriptors}")
     if last.threads > first.threads + MORE_MAX:
         wrongs.append(f"{last.threads} threads, where there were {first.threads}")
+    if last.tasks > first.tasks + MORE_MAX:
+        wrongs.append(f"{last.tasks} tasks, where there were {first.tasks}")
     return wrongs
 
 

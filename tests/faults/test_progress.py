@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.faults.judge import Verdict, audited, counted, disturbed, judge
 from tests.faults.nursery import Nursery, Process, running_nursery
 from tests.faults.provider import Answer, Provider, running_provider
 from tests.faults.scene import LEASE_SECONDS, RENEW_SECONDS, Customer, Scene, open_scene
+from tests.faults.stopping import stopped_and_continued
 from tests.postgres import fresh_database
 
 # A mark is made every RENEW_SECONDS; what a busy machine adds to that is not the subject here.
@@ -129,30 +129,7 @@ async def test_a_client_that_doesnt_read_is_never_charged_for_what_waited_for_it
 
 
 async def test_a_worker_that_was_stopped_and_goes_on_has_charged_what_it_delivered(scene: Scene) -> None:
-    customer = await scene.customer()
-    stopped, _ = await asyncio.gather(scene.worker("stopped"), scene.worker("other"))
-    begun = [begin(scene, stopped, customer, Answer(words=3_000, pace=0.02, reports=False)) for _ in range(10)]
-    calls = [call for call, _ in begun]
-    await until_words(calls, 60)
-    stopped.signal(signal.SIGSTOP)
-    try:
-        await scene.settled(customer)
-        await asyncio.sleep(LEASE_SECONDS)
-        provisional = [await hold_of(scene, call) for call in calls]
-        assert {hold["state"] for hold in provisional} == {"provisional"}
-        for call, hold in zip(calls, provisional, strict=True):
-            assert isinstance(hold["charge"], int)
-            assert 0 < hold["charge"] <= counted(len(call.words))
-    finally:
-        stopped.signal(signal.SIGCONT)
-    await asyncio.gather(*(task for _, task in begun))
-    async with asyncio.timeout(20):
-        while {(await hold_of(scene, call))["state"] for call in calls} != {"final"}:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-    for call in calls:
-        hold = await hold_of(scene, call)
-        assert (hold["ending"], hold["charge"]) == ("lease_lapsed", counted(len(call.words))), call
-    assert (await judge(scene)).wrongs == []
+    assert await stopped_and_continued(scene, streams=10, stopped_seconds=2 * LEASE_SECONDS) == []
 
 
 async def test_a_long_silence_keeps_its_hold_and_costs_nothing_if_its_worker_dies(scene: Scene) -> None:
