@@ -41,6 +41,8 @@ CONTROL = {
     "audit_since_last",
     "seal",
     "book_state",
+    *("claim_messages", "message_delivered", "message_failed", "resend_messages", "forget_messages"),
+    *("tell_alerts", "set_low_balance"),
 }
 FUNCTIONS = {
     "farebox_gateway": GATEWAY | {"schema_version"},
@@ -171,6 +173,7 @@ REFUSED = {
         "SELECT farebox.start_worker(gen_random_uuid(), 'x', 'x')",
         "SELECT farebox.set_spend_limit('x', 1)",
         "TRUNCATE farebox.transfers",
+        "SELECT farebox.tell('x', gen_random_uuid(), 'x')",
         "CREATE TABLE farebox.mine (x integer)",
     ],
     Role.READER: [

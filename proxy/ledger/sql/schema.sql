@@ -1019,6 +1019,39 @@ BEGIN
 END
 $$;
 
+CREATE TABLE farebox.outbox (
+    id uuid NOT NULL,
+    type text NOT NULL,
+    account_id uuid NOT NULL,
+    reference text,
+    payload text NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    next_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    error text,
+    delivered_at timestamp with time zone,
+    given_up_at timestamp with time zone
+);
+
+CREATE FUNCTION farebox.claim_messages(_rows integer, _lease interval) RETURNS SETOF farebox.outbox
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH due AS MATERIALIZED (
+        SELECT d.id
+          FROM farebox.outbox d
+         WHERE d.delivered_at IS NULL AND d.given_up_at IS NULL AND d.next_at <= clock_timestamp()
+         ORDER BY d.next_at
+         LIMIT _rows
+           FOR UPDATE SKIP LOCKED
+    )
+    UPDATE farebox.outbox AS o
+       SET attempts = o.attempts + 1, next_at = clock_timestamp() + _lease
+      FROM due
+     WHERE o.id = due.id
+    RETURNING o.*
+$$;
+
 CREATE FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) RETURNS text
     LANGUAGE plpgsql STABLE
     SET enable_seqscan TO 'off'
@@ -1139,6 +1172,12 @@ BEGIN
         _expires_at, _order_id, at
     );
 END
+$$;
+
+CREATE FUNCTION farebox.credits_text(_microcredits bigint) RETURNS text
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT trim_scale(_microcredits::numeric / 1000000)::text
 $$;
 
 CREATE TABLE farebox.holds (
@@ -1389,6 +1428,19 @@ BEGIN
     GET DIAGNOSTICS claims = ROW_COUNT;
     RETURN answers + claims;
 END
+$$;
+
+CREATE FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH gone AS (
+        DELETE FROM farebox.outbox AS o
+         WHERE o.created_at < clock_timestamp() - _age
+           AND (_nobody_listens OR coalesce(o.delivered_at, o.given_up_at) < clock_timestamp() - _age)
+        RETURNING o.id
+    )
+    SELECT count(*) FROM gone
 $$;
 
 CREATE FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) RETURNS boolean
@@ -1648,6 +1700,25 @@ CREATE FUNCTION farebox.lock_reference(_kind text, _reference text) RETURNS void
     SELECT pg_advisory_xact_lock(hashtextextended(_kind || ':' || _reference, 1)) WHERE _reference IS NOT NULL
 $$;
 
+CREATE FUNCTION farebox.message_delivered(_id uuid) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    UPDATE farebox.outbox AS o
+       SET delivered_at = clock_timestamp(), given_up_at = NULL, error = NULL
+     WHERE o.id = _id AND o.delivered_at IS NULL
+$$;
+
+CREATE FUNCTION farebox.message_failed(_id uuid, _attempt integer, _error text, _again interval) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    UPDATE farebox.outbox AS o
+       SET error = _error, next_at = clock_timestamp() + coalesce(_again, interval '0'),
+           given_up_at = CASE WHEN _again IS NULL THEN clock_timestamp() END
+     WHERE o.id = _id AND o.attempts = _attempt AND o.delivered_at IS NULL AND o.given_up_at IS NULL
+$$;
+
 CREATE FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) RETURNS farebox.purse
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -1810,6 +1881,19 @@ BEGIN
      WHERE w.id = _worker_id AND w.stopped_at IS NULL;
     RETURN FOUND;
 END
+$$;
+
+CREATE FUNCTION farebox.resend_messages(_id uuid) RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH again AS (
+        UPDATE farebox.outbox AS o
+           SET delivered_at = NULL, given_up_at = NULL, attempts = 0, next_at = clock_timestamp()
+         WHERE CASE WHEN _id IS NULL THEN o.given_up_at IS NOT NULL ELSE o.id = _id END
+        RETURNING o.id
+    )
+    SELECT count(*) FROM again
 $$;
 
 CREATE FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
@@ -2052,6 +2136,18 @@ CREATE FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) RETURNS by
     )))
 $$;
 
+CREATE FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.alerts AS l (account_id, low_balance)
+    SELECT a.id, _low_balance FROM farebox.accounts a WHERE a.id = _account_id
+    ON CONFLICT (account_id) DO UPDATE SET low_balance = _low_balance;
+    RETURN CASE WHEN FOUND THEN 'done' ELSE 'unknown' END;
+END
+$$;
+
 CREATE FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -2207,6 +2303,78 @@ CREATE FUNCTION farebox.system_side(_kind text) RETURNS text
         WHEN 'dispute' THEN 'disputes' WHEN 'dispute_return' THEN 'disputes'
         WHEN 'expiry' THEN 'expired'
     END
+$$;
+
+CREATE FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb DEFAULT '{}'::jsonb) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    INSERT INTO farebox.outbox (id, type, account_id, reference, payload)
+    SELECT gen_random_uuid(), _type, a.id, _reference, jsonb_build_object(
+               'type', _type,
+               'timestamp', farebox.time_text(clock_timestamp()),
+               'data', jsonb_build_object(
+                   'account', a.id, 'name', a.name, 'external_id', a.external_id,
+                   'balance', farebox.credits_text(a.balance), 'debt', farebox.credits_text(a.debt)
+               ) || _data
+           )::text
+      FROM farebox.accounts a
+     WHERE a.id = _account_id
+    ON CONFLICT (type, reference) DO NOTHING;
+END
+$$;
+
+CREATE FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    found record;
+    told bigint := 0;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('farebox.tell_alerts', 1)) THEN
+        RETURN NULL;
+    END IF;
+    FOR found IN
+        SELECT n.*
+          FROM (
+                   SELECT a.id, a.balance, a.debt, a.version, m.mark, l.low_told_at, l.debt_told_at,
+                          -- An account that never had anything has not run low.
+                          coalesce(a.version > 0 AND a.balance < m.mark, false) AS low, a.debt > 0 AS owes
+                     FROM farebox.accounts a
+                     LEFT JOIN farebox.alerts l ON l.account_id = a.id
+                    CROSS JOIN LATERAL (SELECT coalesce(l.low_balance, _low_balance) AS mark) AS m
+               ) AS n
+         WHERE n.low <> (n.low_told_at IS NOT NULL) OR n.owes <> (n.debt_told_at IS NOT NULL)
+         LIMIT _rows
+    LOOP
+        IF found.low AND found.low_told_at IS NULL THEN
+            PERFORM farebox.tell('account.low_balance', found.id, found.id || ':' || found.version, jsonb_build_object(
+                'balance', farebox.credits_text(found.balance), 'low_balance', farebox.credits_text(found.mark)
+            ));
+        END IF;
+        IF found.owes AND found.debt_told_at IS NULL THEN
+            PERFORM farebox.tell('account.debt', found.id, found.id || ':' || found.version, jsonb_build_object(
+                'balance', farebox.credits_text(found.balance), 'debt', farebox.credits_text(found.debt)
+            ));
+        END IF;
+        INSERT INTO farebox.alerts AS l (account_id, low_told_at, debt_told_at)
+        VALUES (
+            found.id, CASE WHEN found.low THEN clock_timestamp() END, CASE WHEN found.owes THEN clock_timestamp() END
+        )
+        ON CONFLICT (account_id) DO UPDATE
+           SET low_told_at = CASE WHEN found.low THEN coalesce(l.low_told_at, clock_timestamp()) END,
+               debt_told_at = CASE WHEN found.owes THEN coalesce(l.debt_told_at, clock_timestamp()) END;
+        told := told + 1;
+    END LOOP;
+    RETURN told;
+END
+$$;
+
+CREATE FUNCTION farebox.time_text(_at timestamp with time zone) RETURNS text
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT to_char(_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
 $$;
 
 CREATE FUNCTION farebox.transfer_bytes(_row farebox.transfers) RETURNS bytea
@@ -2471,20 +2639,6 @@ CREATE TABLE farebox.orders (
     CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
     CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
     CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
-);
-
-CREATE TABLE farebox.outbox (
-    id uuid NOT NULL,
-    type text NOT NULL,
-    account_id uuid NOT NULL,
-    reference text,
-    payload text NOT NULL,
-    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    next_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    attempts integer DEFAULT 0 NOT NULL,
-    error text,
-    delivered_at timestamp with time zone,
-    given_up_at timestamp with time zone
 );
 
 CREATE TABLE farebox.price_versions (
@@ -2975,6 +3129,11 @@ REVOKE ALL ON FUNCTION farebox.charge_for(_version text, _model text, _variant t
 REVOKE ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) TO farebox_gateway;
 
+GRANT SELECT ON TABLE farebox.outbox TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.claim_messages(_rows integer, _lease interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_messages(_rows integer, _lease interval) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) FROM PUBLIC;
@@ -2986,6 +3145,8 @@ REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text
 GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_kind text, _expires_at timestamp with time zone, _priority integer, _order_id uuid, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.credits_text(_microcredits bigint) FROM PUBLIC;
 
 GRANT SELECT ON TABLE farebox.holds TO farebox_control;
 GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
@@ -3006,6 +3167,9 @@ GRANT ALL ON FUNCTION farebox.find_key(_key_id text) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) TO farebox_gateway;
@@ -3044,6 +3208,12 @@ REVOKE ALL ON FUNCTION farebox.lock_lapsed(_worker_ids uuid[], _at timestamp wit
 
 REVOKE ALL ON FUNCTION farebox.lock_reference(_kind text, _reference text) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.message_delivered(_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.message_delivered(_id uuid) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.message_failed(_id uuid, _attempt integer, _error text, _again interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.message_failed(_id uuid, _attempt integer, _error text, _again interval) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.named_rightly(_row farebox.transfers) FROM PUBLIC;
@@ -3069,6 +3239,9 @@ GRANT ALL ON FUNCTION farebox.renew(_worker_id uuid, _beat bigint, _hold_ids uui
 
 REVOKE ALL ON FUNCTION farebox.renew_lease(_worker_id uuid) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.resend_messages(_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.resend_messages(_id uuid) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
 
@@ -3090,6 +3263,9 @@ GRANT SELECT ON TABLE farebox.seals TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) FROM PUBLIC;
@@ -3106,6 +3282,13 @@ REVOKE ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _n
 GRANT ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _not_after timestamp with time zone) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.system_side(_kind text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.time_text(_at timestamp with time zone) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.transfer_bytes(_row farebox.transfers) FROM PUBLIC;
 
@@ -3137,8 +3320,6 @@ GRANT SELECT ON TABLE farebox.lots TO farebox_reader;
 
 GRANT SELECT ON TABLE farebox.orders TO farebox_control;
 GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
-
-GRANT SELECT ON TABLE farebox.outbox TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.price_versions TO farebox_control;
 
