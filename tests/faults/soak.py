@@ -1,6 +1,6 @@
 """`make soak`: many streams for minutes or hours, and a look at what a worker keeps that it should have let go of.
 
-    python -m tests.faults.soak [--minutes 60] [--streams 500] [--seed N]
+    python -m tests.faults.soak [--minutes 60] [--streams 500] [--slower 1] [--seed N]
 
 Each minute of load is followed by a quiet moment. Wrong is: resident memory that grows by more than a MiB an hour after
 the warm-up, more descriptors, threads or tasks in the last quiet moment than in the first, a hold that is left, and
@@ -79,13 +79,13 @@ def slope(samples: list[Sample]) -> float:
     return 3600 * above / below if below else 0.0
 
 
-async def soak(scene: Scene, *, seed: int, streams: int, minutes: float) -> list[str]:
+async def soak(scene: Scene, *, seed: int, streams: int, minutes: float, slower: float) -> list[str]:
     """Serve for so long, in rounds of calls, and return what is wrong."""
     port = free_port()
     process = await scene.worker("worker", LOG_LEVEL="warning", SHUTDOWN_SECONDS="10", METRICS_PORT=str(port))
     await process.url()
     random_, found, samples = random.Random(seed), Found(), []
-    crowd = Crowd(scene, random_, streams, {"worker": process})
+    crowd = Crowd(scene, random_, streams, {"worker": process}, slower=slower)
     quiets: list[Sample] = []
     end, warm = time.monotonic() + minutes * 60, time.monotonic() + minutes * 60 * WARM_UP_SHARE
     while time.monotonic() < end:
@@ -116,7 +116,7 @@ async def soak(scene: Scene, *, seed: int, streams: int, minutes: float) -> list
     return wrongs
 
 
-async def run(seed: int, streams: int, minutes: float, directory: Path, run_id: str) -> list[str]:
+async def run(seed: int, streams: int, minutes: float, slower: float, directory: Path, run_id: str) -> list[str]:
     """A soak on a ledger of its own, with leases as they are."""
     async with AsyncExitStack() as stack:
         address = stack.enter_context(running_cluster(run_id))
@@ -124,20 +124,23 @@ async def run(seed: int, streams: int, minutes: float, directory: Path, run_id: 
         provider = await stack.enter_async_context(running_provider())
         nursery = await stack.enter_async_context(running_nursery())
         scene = await stack.enter_async_context(open_scene(database, provider, nursery, directory, factor=1.0))
-        return await soak(scene, seed=seed, streams=streams, minutes=minutes)
+        return await soak(scene, seed=seed, streams=streams, minutes=minutes, slower=slower)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--streams", type=int, default=500)
+    parser.add_argument(
+        "--slower", type=float, default=1.0, help="by how much answers come slower: fewer calls a minute"
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     given = parser.parse_args()
     print(f"seed {given.seed}; {given.streams} streams for {given.minutes} minutes", flush=True)
     directory, run_id = Path(tempfile.mkdtemp(prefix="fbs")), secrets.token_hex(6)
     directory.chmod(0o755)
     try:
-        wrongs = asyncio.run(run(given.seed, given.streams, given.minutes, directory, run_id))
+        wrongs = asyncio.run(run(given.seed, given.streams, given.minutes, given.slower, directory, run_id))
     finally:
         remove_cluster(run_id)
         shutil.rmtree(directory, ignore_errors=True)

@@ -25,13 +25,17 @@ async def stopped_and_continued(scene: Scene, *, streams: int, stopped_seconds: 
     customer = await scene.customer()
     stopped, _ = await asyncio.gather(scene.worker("stopped"), scene.worker("other"))
     # Some of the streams are still being sent when the worker goes on.
-    answer = Answer(words=int(20 * stopped_seconds) + 20 * WORDS_BEFORE, pace=0.03, reports=False)
+    answer = Answer(words=int(100 * stopped_seconds) + 20 * WORDS_BEFORE, pace=0.03, reports=False)
     calls = [scene.plan(customer, answer) for _ in range(streams)]
+    for call in calls:
+        # Above the answer: what is counted is never charged beyond its hold.
+        call.cap += answer.words
     tasks = [asyncio.create_task(scene.make(stopped, customer, call)) for call in calls]
     scene.background += tasks
     async with asyncio.timeout(60):
         while min(len(call.words) for call in calls) < WORDS_BEFORE:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+    await _until_sweeping(scene)
     wrongs: list[str] = []
     stopped.signal(signal.SIGSTOP)
     began = time.monotonic()
@@ -55,3 +59,11 @@ async def stopped_and_continued(scene: Scene, *, streams: int, stopped_seconds: 
     if len(await scene.holds(customer)) != streams:
         wrongs.append(f"{len(await scene.holds(customer))} holds of {streams} streams")
     return wrongs + (await judge(scene)).wrongs
+
+
+async def _until_sweeping(scene: Scene) -> None:
+    """Nothing is swept while PostgreSQL has run for less than two leases."""
+    left = await scene.sql.fetchval(
+        "SELECT extract(epoch FROM pg_postmaster_start_time() + 2 * farebox.lease_length() - clock_timestamp())::float8"
+    )
+    await asyncio.sleep(max(0.0, left))

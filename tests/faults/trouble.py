@@ -61,12 +61,18 @@ class Found:
 
 
 class Crowd:
-    """``size`` callers at once, each making one call after the other to workers that it picks at random."""
+    """``size`` callers at once, each making one call after the other to workers that it picks at random.
 
-    def __init__(self, scene: Scene, random_: random.Random, size: int, workers: dict[str, Process]) -> None:
+    ``slower``: by how much answers come slower, so that as many streams make fewer calls.
+    """
+
+    def __init__(
+        self, scene: Scene, random_: random.Random, size: int, workers: dict[str, Process], *, slower: float = 1.0
+    ) -> None:
         self._scene = scene
         self._random = random_
         self._size = size
+        self._slower = slower
         self._workers = workers
         self._running = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,7 +125,7 @@ class Crowd:
     def _wish(self) -> tuple[Answer, dict[str, Any]]:
         """An answer, and how it is listened to."""
         dice = self._random.random()
-        words, pace = self._random.randint(5, 40), self._random.uniform(0.03, 0.15)
+        words, pace = self._random.randint(5, 40), self._random.uniform(0.03, 0.15) * self._slower
         if dice < 0.05:
             return Answer(status=503), {}
         if dice < 0.1:
