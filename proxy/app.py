@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Router
 
 from proxy.control.account import account_routes
 from proxy.control.admin import AdminToken, admin_routes
+from proxy.control.billing.promo_codes import Promos, promo_routes
 from proxy.control.health import CatalogStatus, Health, Problem, health_routes
 from proxy.control.operations import Operations
 from proxy.control.reload import CatalogReloader
@@ -55,6 +56,7 @@ from proxy.ledger.journaling import Journaling, JournalTerms
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
 from proxy.ledger.migrate import schema_state
+from proxy.ledger.promos import PromoLedger
 from proxy.ledger.reader import AccountReader
 from proxy.ledger.records import ApiKey
 from proxy.ledger.sweeper import Sweeper
@@ -107,6 +109,7 @@ class Services:
     lease: WorkerLease
     authenticator: Authenticator
     operations: Operations
+    promos: Promos
     reader: AccountReader
     settler: Settler
     journaling: Journaling
@@ -286,6 +289,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             lease=lease,
             authenticator=authenticator,
             operations=Operations(ControlLedger(control), peppers),
+            promos=Promos(PromoLedger(control)),
             reader=AccountReader(reader),
             settler=settler,
             journaling=journaling,
@@ -475,6 +479,7 @@ def _routes(services: Services) -> list[BaseRoute]:
             services.authenticator.authenticate, lambda: services.catalog.holder.current, services.keys.has_key
         ),
         *account_routes(fresh_key, services.reader),
+        *promo_routes(fresh_key, services.promos),
         *(admin_routes(AdminToken(token.get_secret_value()), services.operations) if token else ()),
     ]
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from proxy.cli import accounts, book, credits, journal, keys, pricing
+from proxy.cli import accounts, book, credits, journal, keys, pricing, promos
 from proxy.cli.audit import audit
 from proxy.cli.backup import backup, restore
 from proxy.cli.demo import demo
@@ -28,6 +28,7 @@ app.command()(migrate)
 app.add_typer(accounts.app, name="accounts")
 app.add_typer(keys.app, name="keys")
 app.add_typer(credits.app, name="credits")
+app.add_typer(promos.app, name="promo")
 app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")

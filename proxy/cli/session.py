@@ -15,14 +15,14 @@ from typing import Literal, TypeVar
 from pydantic import SecretStr
 
 from proxy.control.operations import Operations
-from proxy.ledger.connect import Connection, Role, connect, create_pool
+from proxy.ledger.connect import Connection, Pool, Role, connect, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.migrate import migrate, schema_state
 from proxy.local.postgres import APP, Cluster
 from proxy.local.state import StateDirectory
 from proxy.settings import Settings, load
 
-__all__ = ["Access", "actor", "ask_control", "database_access", "operate", "require_schema"]
+__all__ = ["Access", "actor", "ask_control", "database_access", "operate", "require_schema", "with_control"]
 
 Result = TypeVar("Result")
 
@@ -104,6 +104,12 @@ def ask_control(work: Callable[[Connection], Awaitable[Result]], database_url: s
         return asyncio.run(_ask_control(work, access))
 
 
+def with_control(work: Callable[[Pool], Awaitable[Result]], database_url: str | None, *, purpose: str) -> Result:
+    """Run ``work`` on a pool that acts as the operator's role. Raises as ``operate`` does."""
+    with database_access(load(database_url=database_url), purpose=purpose) as access:
+        return asyncio.run(_with_control(work, access))
+
+
 def actor() -> str:
     """Who is at the keyboard, for the book: the login name of this process's user."""
     try:
@@ -118,11 +124,16 @@ def _failure(cluster: Cluster) -> str | None:
 
 
 async def _operate(work: Callable[[Operations], Awaitable[Result]], access: Access) -> Result:
+    peppers = access.settings.peppers()
+    return await _with_control(lambda pool: work(Operations(ControlLedger(pool), peppers)), access)
+
+
+async def _with_control(work: Callable[[Pool], Awaitable[Result]], access: Access) -> Result:
     login = access.login_of("control")
     await require_schema(login, Role.CONTROL)
     pool = await create_pool(login, Role.CONTROL, size=1)
     try:
-        return await work(Operations(ControlLedger(pool), access.settings.peppers()))
+        return await work(pool)
     finally:
         await pool.close()
 

@@ -17,7 +17,6 @@ It is off (404) unless its token is set. A customer's key opens nothing here, an
 acted is kept with every transfer: the header ``x-farebox-actor``, or else ``admin``.
 """
 
-import asyncio
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
@@ -27,16 +26,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from proxy.control.fields import Fields, check_plain, query_fields, read_fields
+from proxy.control.fields import Fields, check_plain, query_fields, receive_fields
 from proxy.control.operations import OVERLAP_SECONDS_MAX, KeyTerms, Operations
 from proxy.control.views import account_view, key_view, list_view, page, receipt_view, transfer_view
-from proxy.core.errors import InvalidRequest, Unauthenticated
+from proxy.core.errors import Unauthenticated
 
 __all__ = ["TOKEN_CHARS_MIN", "AdminToken", "admin_routes"]
 
 TOKEN_CHARS_MIN = 32
 OVERLAP_SECONDS_DEFAULT = 86_400
-RECEIVE_SECONDS_MAX = 10.0
 ACTOR_CHARS_MAX = 80
 
 _PRIVATE = {"cache-control": "private, no-store"}
@@ -198,15 +196,7 @@ def _answer(view: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _body(request: Request) -> Fields:
-    try:
-        async with asyncio.timeout(RECEIVE_SECONDS_MAX):
-            return await read_fields(request)
-    except TimeoutError:
-        raise InvalidRequest(
-            f"The body didn't arrive within {RECEIVE_SECONDS_MAX:g} s.",
-            code="request_timeout",
-            headers={"connection": "close"},
-        ) from None
+    return await receive_fields(request)
 
 
 def _terms(body: Fields) -> dict[str, Any]:

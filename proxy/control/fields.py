@@ -4,6 +4,7 @@ Amounts are decimal *strings*: a JSON number may have been rounded on its way. T
 lone surrogates) is refused here, so that it never becomes a server error there.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -24,11 +25,13 @@ __all__ = [
     "parse_uuid",
     "query_fields",
     "read_fields",
+    "receive_fields",
     "storable",
 ]
 
 BODY_BYTES_MAX = 64 * 1024
 TEXT_CHARS_MAX = 200
+RECEIVE_SECONDS_MAX = 10.0
 
 _WHOLE = re.compile(r"[0-9]{1,6}\Z", re.ASCII)
 
@@ -200,6 +203,19 @@ async def read_fields(request: Request, *, bytes_max: int = BODY_BYTES_MAX) -> F
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
     return Fields(value)
+
+
+async def receive_fields(request: Request) -> Fields:
+    """As ``read_fields``, from a client that gets some seconds to send them. Raises InvalidRequest or TooLarge."""
+    try:
+        async with asyncio.timeout(RECEIVE_SECONDS_MAX):
+            return await read_fields(request)
+    except TimeoutError:
+        raise InvalidRequest(
+            f"The body didn't arrive within {RECEIVE_SECONDS_MAX:g} s.",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
 
 
 def query_fields(request: Request) -> Fields:

@@ -43,6 +43,7 @@ CONTROL = {
     "book_state",
     *("claim_messages", "message_delivered", "message_failed", "resend_messages", "forget_messages"),
     *("tell_alerts", "set_low_balance"),
+    *("create_promo", "end_promo", "redeem_promo"),
 }
 FUNCTIONS = {
     "farebox_gateway": GATEWAY | {"schema_version"},
@@ -147,6 +148,7 @@ REFUSED = {
         "SELECT * FROM farebox.schema_migrations",
         "SELECT farebox.grant_credits(gen_random_uuid(), 'grant', 1, NULL, 'x', 'x')",
         "SELECT farebox.reverse(gen_random_uuid(), NULL, NULL, 'x', 'x')",
+        "SELECT farebox.redeem_promo(gen_random_uuid(), 'x', 'x')",
         "SELECT farebox.revoke_key('x')",
         "SELECT * FROM farebox.audit()",
         "SELECT * FROM farebox.audit_since_last(1)",

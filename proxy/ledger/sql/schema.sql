@@ -1074,6 +1074,16 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.count_promo_refusal(_account_id uuid) RETURNS void
+    LANGUAGE sql
+    AS $$
+    INSERT INTO farebox.promo_refusals AS r (account_id, since, refusals)
+    VALUES (_account_id, clock_timestamp(), 1)
+    ON CONFLICT (account_id) DO UPDATE
+       SET since = CASE WHEN r.since + interval '1 hour' > excluded.since THEN r.since ELSE excluded.since END,
+           refusals = CASE WHEN r.since + interval '1 hour' > excluded.since THEN r.refusals + 1 ELSE 1 END
+$$;
+
 CREATE FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) RETURNS void
     LANGUAGE sql
     AS $$
@@ -1124,6 +1134,25 @@ BEGIN
     END IF;
     PERFORM farebox.set_spend_limit(_id, _spend_limit);
     RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.promo_codes (code, credits, credits_seconds, starts_at, ends_at, redemptions_max, actor)
+    VALUES (_code, _credits, _credits_seconds, _starts_at, _ends_at, _redemptions_max, _actor)
+    ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        RETURN 'done';
+    END IF;
+    PERFORM FROM farebox.promo_codes p
+      WHERE p.code = _code AND p.ended_at IS NULL
+        AND (p.credits, p.credits_seconds, p.starts_at, p.ends_at, p.redemptions_max)
+            IS NOT DISTINCT FROM (_credits, _credits_seconds, _starts_at, _ends_at, _redemptions_max);
+    RETURN CASE WHEN FOUND THEN 'done' ELSE 'conflict' END;
 END
 $$;
 
@@ -1178,6 +1207,16 @@ CREATE FUNCTION farebox.credits_text(_microcredits bigint) RETURNS text
     LANGUAGE sql IMMUTABLE
     AS $$
     SELECT trim_scale(_microcredits::numeric / 1000000)::text
+$$;
+
+CREATE FUNCTION farebox.end_promo(_code text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.promo_codes AS p SET ended_at = coalesce(p.ended_at, clock_timestamp()) WHERE p.code = _code;
+    RETURN CASE WHEN FOUND THEN 'done' ELSE 'unknown' END;
+END
 $$;
 
 CREATE TABLE farebox.holds (
@@ -1802,6 +1841,14 @@ CREATE FUNCTION farebox.priority_of(_lot_kind text) RETURNS integer
     SELECT CASE _lot_kind WHEN 'promo' THEN 100 WHEN 'granted' THEN 200 WHEN 'paid' THEN 300 END
 $$;
 
+CREATE FUNCTION farebox.promo_wait(_account_id uuid) RETURNS timestamp with time zone
+    LANGUAGE sql
+    AS $$
+    SELECT r.since + interval '1 hour'
+      FROM farebox.promo_refusals r
+     WHERE r.account_id = _account_id AND r.refusals >= 10 AND r.since + interval '1 hour' > clock_timestamp()
+$$;
+
 CREATE FUNCTION farebox.put_price_version(_version text, _body text) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1817,6 +1864,64 @@ BEGIN
     INSERT INTO farebox.prices (version, model, variant, rates, per_request)
     SELECT _version, r.model, r.variant, r.rates, r.per_request FROM farebox.price_rows(_body) AS r;
     RETURN true;
+END
+$$;
+
+CREATE FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    promo farebox.promo_codes;
+    reference text := 'code:' || _code || ':' || _account_id;
+    at timestamptz;
+    credit record;
+BEGIN
+    -- Looked at before any lock, too: whoever tries codes by the thousand must not keep the account's calls waiting.
+    SELECT r.account_id, r.version INTO transfer_account, transfer_version
+      FROM farebox.promo_redemptions r WHERE r.code = _code AND r.account_id = _account_id;
+    retry_at := farebox.promo_wait(_account_id);
+    outcome := CASE WHEN transfer_version IS NOT NULL THEN 'again' WHEN retry_at IS NOT NULL THEN 'wait' END;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+
+    PERFORM farebox.lock_reference('promo', reference);
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    SELECT * INTO promo FROM farebox.promo_codes p WHERE p.code = _code FOR UPDATE;
+    at := clock_timestamp();
+    SELECT r.account_id, r.version INTO transfer_account, transfer_version
+      FROM farebox.promo_redemptions r WHERE r.code = _code AND r.account_id = _account_id;
+    retry_at := farebox.promo_wait(_account_id);
+    outcome := CASE
+        WHEN transfer_version IS NOT NULL THEN 'again'
+        WHEN NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = _account_id) THEN 'no_account'
+        WHEN retry_at IS NOT NULL THEN 'wait'
+        WHEN promo.code IS NULL THEN 'unknown'
+        WHEN promo.starts_at > at THEN 'not_started'
+        WHEN promo.ended_at IS NOT NULL OR promo.ends_at <= at THEN 'ended'
+        WHEN promo.redeemed >= promo.redemptions_max THEN 'used_up'
+        ELSE 'done'
+    END;
+    IF outcome IN ('unknown', 'not_started', 'ended', 'used_up') THEN
+        PERFORM farebox.count_promo_refusal(_account_id);
+    END IF;
+    IF outcome <> 'done' THEN
+        RETURN;
+    END IF;
+
+    SELECT * INTO credit FROM farebox.credited(
+        _account_id, 'promo', promo.credits, reference, _actor, 'promo code ' || _code, 'promo',
+        at + make_interval(secs => promo.credits_seconds), NULL, NULL
+    );
+    outcome := credit.outcome;
+    transfer_account := credit.transfer_account;
+    transfer_version := credit.transfer_version;
+    IF outcome <> 'done' THEN
+        RETURN;
+    END IF;
+    INSERT INTO farebox.promo_redemptions (code, account_id, version) VALUES (_code, _account_id, transfer_version);
+    UPDATE farebox.promo_codes AS p SET redeemed = p.redeemed + 1 WHERE p.code = _code;
 END
 $$;
 
@@ -2683,6 +2788,12 @@ CREATE TABLE farebox.promo_redemptions (
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
+CREATE TABLE farebox.promo_refusals (
+    account_id uuid NOT NULL,
+    since timestamp with time zone NOT NULL,
+    refusals integer NOT NULL
+);
+
 CREATE TABLE farebox.quarantine (
     payment text NOT NULL,
     order_id uuid,
@@ -2874,6 +2985,9 @@ ALTER TABLE ONLY farebox.promo_codes
 ALTER TABLE ONLY farebox.promo_redemptions
     ADD CONSTRAINT promo_redemptions_pkey PRIMARY KEY (code, account_id);
 
+ALTER TABLE ONLY farebox.promo_refusals
+    ADD CONSTRAINT promo_refusals_pkey PRIMARY KEY (account_id);
+
 ALTER TABLE ONLY farebox.quarantine
     ADD CONSTRAINT quarantine_pkey PRIMARY KEY (payment);
 
@@ -3017,6 +3131,9 @@ ALTER TABLE ONLY farebox.promo_redemptions
 ALTER TABLE ONLY farebox.promo_redemptions
     ADD CONSTRAINT promo_redemptions_code_fkey FOREIGN KEY (code) REFERENCES farebox.promo_codes(code);
 
+ALTER TABLE ONLY farebox.promo_refusals
+    ADD CONSTRAINT promo_refusals_account_id_fkey FOREIGN KEY (account_id) REFERENCES farebox.accounts(id);
+
 ALTER TABLE ONLY farebox.refund_requests
     ADD CONSTRAINT refund_requests_order_id_fkey FOREIGN KEY (order_id) REFERENCES farebox.orders(id);
 
@@ -3136,6 +3253,8 @@ GRANT ALL ON FUNCTION farebox.claim_messages(_rows integer, _lease interval) TO 
 
 REVOKE ALL ON FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.count_promo_refusal(_account_id uuid) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.count_spend(_key_id text, _held bigint, _spent bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id text, _email text, OUT outcome text, OUT account_id uuid) FROM PUBLIC;
@@ -3144,9 +3263,15 @@ GRANT ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id 
 REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_kind text, _expires_at timestamp with time zone, _priority integer, _order_id uuid, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.credits_text(_microcredits bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.end_promo(_code text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.end_promo(_code text) TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.holds TO farebox_control;
 GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
@@ -3228,9 +3353,14 @@ REVOKE ALL ON FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _
 
 REVOKE ALL ON FUNCTION farebox.priority_of(_lot_kind text) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.promo_wait(_account_id uuid) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.refuse_change() FROM PUBLIC;
 

@@ -259,3 +259,10 @@ CREATE TABLE farebox.promo_redemptions (
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (code, account_id)
 );
+
+-- Codes that an account named in vain, since when: so that nobody finds one by trying.
+CREATE TABLE farebox.promo_refusals (
+    account_id uuid PRIMARY KEY REFERENCES farebox.accounts,
+    since timestamptz NOT NULL,
+    refusals integer NOT NULL
+);
