@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from proxy.cli.arguments import AccountRef, AsJson, DatabaseUrl, PageLimit
-from proxy.cli.output import reporting
-from proxy.cli.session import operate
-from proxy.control.views import account_view, page
+from proxy.cli.output import members, reporting, table_of
+from proxy.cli.session import actor, operate
+from proxy.control.operations import Operations
+from proxy.control.views import View, account_view, freeze_view, page
 
 __all__ = ["app"]
 
@@ -60,5 +61,52 @@ def list_accounts(
 def show(account: AccountRef, as_json: AsJson = False, database_url: DatabaseUrl = None) -> None:
     """Show an account: its balance, what is held of it, what is available, and its debt, in credits."""
     with reporting(as_json=as_json) as out:
-        found = operate(lambda operations: operations.account(account), database_url, purpose="farebox accounts show")
-        out.show_members(account_view(found))
+
+        async def work(operations: Operations) -> View:
+            found = await operations.account(account)
+            freezes = await operations.freezes(found.id)
+            return account_view(found) | {"freezes": [freeze_view(freeze) for freeze in freezes]}
+
+        view = operate(work, database_url, purpose="farebox accounts show")
+        out.show(
+            view,
+            members(view, leave_out=("object", "freezes"))
+            + table_of(view["freezes"], ("reference", "reason", "actor", "created_at", "lifted_at", "lifted_by")),
+        )
+
+
+Freezing = Annotated[
+    str | None, typer.Option("--ref", help="The freeze's name: yours, or the dispute's id that froze the account.")
+]
+
+
+@app.command()
+def freeze(
+    account: AccountRef,
+    reason: Annotated[str, typer.Option(help="Why, for whoever wonders later.")],
+    ref: Freezing = None,
+    as_json: AsJson = False,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Admit nothing more of an account. Calls that run go on to their end, and are charged."""
+    with reporting(as_json=as_json) as out:
+
+        async def work(operations: Operations) -> View:
+            found = await operations.account(account)
+            return account_view(await operations.freeze(found.id, reason=reason, reference=ref, actor=actor()))
+
+        out.show_members(operate(work, database_url, purpose="farebox accounts freeze"))
+
+
+@app.command()
+def unfreeze(
+    account: AccountRef, ref: Freezing = None, as_json: AsJson = False, database_url: DatabaseUrl = None
+) -> None:
+    """Lift what froze an account: one reason (--ref), or all of them."""
+    with reporting(as_json=as_json) as out:
+
+        async def work(operations: Operations) -> View:
+            found = await operations.account(account)
+            return account_view(await operations.unfreeze(found.id, reference=ref, actor=actor()))
+
+        out.show_members(operate(work, database_url, purpose="farebox accounts unfreeze"))

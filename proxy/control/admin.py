@@ -6,6 +6,8 @@
     POST  /admin/v1/accounts/{account}/keys          make a key; the answer alone shows it
     GET   /admin/v1/accounts/{account}/keys          list
     POST  /admin/v1/accounts/{account}/grants        give credits, once for each reference
+    POST  /admin/v1/accounts/{account}/freeze, /unfreeze  nothing is admitted; until that is lifted
+    GET   /admin/v1/accounts/{account}/freezes       why it is frozen, and was
     GET   /admin/v1/accounts/{account}/transactions  the statement; ?limit=&after=
     GET   /admin/v1/keys/{key}                       show a key
     PATCH /admin/v1/keys/{key}                       change what it may do
@@ -28,7 +30,15 @@ from starlette.routing import BaseRoute, Route
 
 from proxy.control.fields import Fields, check_plain, query_fields, receive_fields
 from proxy.control.operations import OVERLAP_SECONDS_MAX, KeyTerms, Operations
-from proxy.control.views import account_view, key_view, list_view, page, receipt_view, transfer_view
+from proxy.control.views import (
+    account_view,
+    freeze_view,
+    key_view,
+    list_view,
+    page,
+    receipt_view,
+    transfer_view,
+)
 from proxy.core.errors import Unauthenticated
 
 __all__ = ["TOKEN_CHARS_MIN", "AdminToken", "admin_routes"]
@@ -73,6 +83,9 @@ def admin_routes(token: AdminToken, operations: Operations) -> list[BaseRoute]:
         ("POST", "/accounts/{account}/keys", handlers.create_key),
         ("GET", "/accounts/{account}/keys", handlers.list_keys),
         ("POST", "/accounts/{account}/grants", handlers.grant),
+        ("POST", "/accounts/{account}/freeze", handlers.freeze),
+        ("POST", "/accounts/{account}/unfreeze", handlers.unfreeze),
+        ("GET", "/accounts/{account}/freezes", handlers.freezes),
         ("GET", "/accounts/{account}/transactions", handlers.transactions),
         ("GET", "/keys/{key}", handlers.show_key),
         ("PATCH", "/keys/{key}", handlers.update_key),
@@ -166,6 +179,29 @@ class _Handlers:
             account.id, amount, reference=reference, actor=_actor(request), reason=reason
         )
         return _answer(transfer_view(transfer, internal=True))
+
+    async def freeze(self, request: Request) -> Response:
+        body = await _body(request)
+        reason = body.required_text("reason", chars_max=1_000)
+        reference = body.text("reference")
+        body.done()
+        account = await self._operations.account(request.path_params["account"], by_name=False)
+        frozen = await self._operations.freeze(account.id, reason=reason, reference=reference, actor=_actor(request))
+        return _answer(account_view(frozen))
+
+    async def unfreeze(self, request: Request) -> Response:
+        body = await _body(request)
+        reference = body.text("reference")
+        body.done()
+        account = await self._operations.account(request.path_params["account"], by_name=False)
+        thawed = await self._operations.unfreeze(account.id, reference=reference, actor=_actor(request))
+        return _answer(account_view(thawed))
+
+    async def freezes(self, request: Request) -> Response:
+        query_fields(request).done()
+        account = await self._operations.account(request.path_params["account"], by_name=False)
+        found = await self._operations.freezes(account.id)
+        return _answer(list_view([freeze_view(freeze) for freeze in found], has_more=False))
 
     async def reverse(self, request: Request) -> Response:
         body = await _body(request)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from proxy.control.fields import check_plain, parse_uuid
 from proxy.control.refusals import ledger_refusals
 from proxy.core.errors import Conflict, InvalidRequest, NotFound
 from proxy.core.keys import KEY_RANDOM_BYTES, NewKey, Peppers, hmac_of, new_key
 from proxy.ledger.control import ControlLedger
-from proxy.ledger.records import Account, ApiKey, Ended, Transfer
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
 
 __all__ = [
     "OVERLAP_SECONDS_MAX",
@@ -115,6 +115,31 @@ class Operations:
         except (NotFound, Conflict):
             return []
         return [found] if found.external_id == external_id else []
+
+    async def freeze(self, account_id: UUID, *, reason: str, actor: str, reference: str | None = None) -> Account:
+        """Nothing is reserved for the account from now on; what runs goes on to its end, and is charged.
+
+        ``reference`` None: a new one. Raises Conflict where the freeze of that reference has been lifted.
+        """
+        check_plain("reference", reference)
+        check_plain("reason", reason, chars_max=1_000)
+        with ledger_refusals():
+            await self._ledger.freeze(
+                account_id, reference=reference or f"operator:{uuid4()}", reason=reason, actor=actor
+            )
+        return await self.account(str(account_id))
+
+    async def unfreeze(self, account_id: UUID, *, actor: str, reference: str | None = None) -> Account:
+        """Lift the freeze of that reference; None: all that stand. Raises NotFound where there never was such a one."""
+        check_plain("reference", reference)
+        with ledger_refusals():
+            await self._ledger.unfreeze(account_id, reference=reference, actor=actor)
+        return await self.account(str(account_id))
+
+    async def freezes(self, account_id: UUID) -> list[Freeze]:
+        """Why the account is frozen, and was: those that stand first."""
+        with ledger_refusals():
+            return await self._ledger.freezes(account_id)
 
     # Keys
 

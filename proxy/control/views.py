@@ -13,13 +13,14 @@ from proxy.core.money import format_credits
 from proxy.core.pricing import TOKENS_PER_RATE
 from proxy.core.usage import TOKEN_CLASSES, Usage
 from proxy.ledger.reader import DayUsage
-from proxy.ledger.records import Account, ApiKey, Ended, Transfer
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
 
 __all__ = [
     "View",
     "account_view",
     "credits_view",
     "exact_credits",
+    "freeze_view",
     "key_view",
     "list_view",
     "page",
@@ -43,13 +44,32 @@ def account_view(account: Account) -> View:
         "external_id": account.external_id,
         "email": account.email,
         **_money(account),
+        "frozen_at": time_text(account.frozen_at),
         "created_at": time_text(account.created_at),
     }
 
 
 def credits_view(account: Account) -> View:
-    """What an account has, as its own key sees it."""
-    return {"object": "credits", "account": str(account.id), **_money(account)}
+    """What an account has, as its own key sees it. ``frozen_at`` null: calls are admitted."""
+    return {
+        "object": "credits",
+        "account": str(account.id),
+        **_money(account),
+        "frozen_at": time_text(account.frozen_at),
+    }
+
+
+def freeze_view(freeze: Freeze) -> View:
+    """Why an account is frozen, or was."""
+    return {
+        "object": "freeze",
+        "reference": freeze.reference,
+        "reason": freeze.reason,
+        "actor": freeze.actor,
+        "created_at": time_text(freeze.created_at),
+        "lifted_at": time_text(freeze.lifted_at),
+        "lifted_by": freeze.lifted_by,
+    }
 
 
 def key_view(key: ApiKey) -> View:

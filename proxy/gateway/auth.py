@@ -26,7 +26,16 @@ from proxy.core.errors import Forbidden, Unauthenticated, Unavailable
 from proxy.core.keys import ParsedKey, Peppers, hmac_of, parse_key
 from proxy.ledger.records import ApiKey
 
-__all__ = ["Authenticator", "CacheLimits", "FindKey", "Scope", "presented_key", "require_model", "require_scope"]
+__all__ = [
+    "Authenticator",
+    "CacheLimits",
+    "FindKey",
+    "Scope",
+    "presented_key",
+    "require_model",
+    "require_scope",
+    "require_unfrozen",
+]
 
 FindKey = Callable[[str], Awaitable[ApiKey | None]]
 RawHeaders = Iterable[tuple[bytes, bytes]]
@@ -237,6 +246,17 @@ def require_scope(key: ApiKey, *any_of: Scope) -> None:
     if key.scopes.isdisjoint(any_of):
         needed = " or ".join(f"'{scope}'" for scope in any_of)
         raise Forbidden(f"This API key doesn't have the scope {needed}.", code="insufficient_scope")
+
+
+def require_unfrozen(key: ApiKey) -> None:
+    """Raises Forbidden where the key's account is frozen."""
+    if key.account_frozen:
+        raise Forbidden(
+            "This account is frozen: nothing is admitted until its operator lifts that. "
+            "Calls that were running go on to their end.",
+            code="account_frozen",
+            headers={"x-should-retry": "false"},
+        )
 
 
 def require_model(key: ApiKey, model: str) -> None:

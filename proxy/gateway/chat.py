@@ -22,7 +22,7 @@ from proxy.core.chat import ChatRequest
 from proxy.core.excerpt import Said
 from proxy.core.pricing import Bounds
 from proxy.dialects.dialect import Dialect
-from proxy.gateway.auth import Authenticator, require_model, require_scope
+from proxy.gateway.auth import Authenticator, require_model, require_scope, require_unfrozen
 from proxy.gateway.channel import Abandoned, BrokenOff
 from proxy.gateway.client import Client
 from proxy.gateway.departure import policy_of
@@ -158,6 +158,7 @@ class Chat:
         key = await self._authenticator.authenticate(headers)
         call.facts.update(key_id=key.id, account_id=str(key.account_id))
         require_scope(key, "inference")
+        require_unfrozen(key)
         place.take(key.id)
         limits = self._limits.named(key.profile)
         check_headers(headers, limits)
@@ -214,6 +215,7 @@ class Chat:
         if reserved.outcome in (ReserveOutcome.KEY_CHANGED, ReserveOutcome.UNKNOWN):
             key = await self._authenticator.reload(key)
             require_scope(key, "inference")
+            require_unfrozen(key)
             require_model(key, plan.request.model)
             reserved = await self._try_reserve(key, plan, call.id)
         if reserved.outcome is not ReserveOutcome.GRANTED:

@@ -13,14 +13,15 @@ import asyncpg
 
 from proxy.ledger.connect import Pool, translated
 from proxy.ledger.errors import Conflict, Unknown
-from proxy.ledger.records import Account, ApiKey, Ended, Transfer, check_amount, check_text
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer, check_amount, check_text
 from proxy.ledger.reports import report
-from proxy.ledger.rows import account, api_key, ended, transfer
+from proxy.ledger.rows import account, api_key, ended, freeze, transfer
 
 __all__ = ["ControlLedger"]
 
 _ACCOUNTS = report("accounts")
 _FIND_ACCOUNT = report("find_account")
+_FREEZES = report("freezes")
 _KEYS = report("keys")
 _RECEIPT = report("receipt")
 _TRANSFER = report("transfer")
@@ -62,6 +63,34 @@ class ControlLedger:
     async def list_accounts(self, *, after: UUID | None = None, limit: int = 100) -> list[Account]:
         """At most ``limit`` accounts in the order of their making, those behind ``after``."""
         return [account(row) for row in await self._rows(_ACCOUNTS, after, limit)]
+
+    # Freezes
+
+    async def freeze(self, account_id: UUID, *, reference: str, reason: str, actor: str) -> None:
+        """From now on nothing is reserved for the account; what runs goes on to its end. Once for each reference.
+
+        Raises Unknown (account), Conflict (that reference stood before, and has been lifted).
+        """
+        for field, text in (("reference", reference), ("reason", reason), ("actor", actor)):
+            check_text(field, text)
+        outcome = await self._value(
+            "SELECT farebox.freeze_account($1, $2, $3, $4)", account_id, reference, reason, actor
+        )
+        conflict = f"freeze {reference!r} has been lifted: freeze the account anew under another reference"
+        _require(outcome, unknown=f"no account {account_id}", conflict=conflict)
+
+    async def unfreeze(self, account_id: UUID, *, reference: str | None, actor: str) -> None:
+        """Lift the freeze of that reference; None: all that stand. Raises Unknown (account, reference)."""
+        check_text("reference", reference)
+        check_text("actor", actor)
+        outcome = await self._value("SELECT farebox.unfreeze_account($1, $2, $3)", account_id, reference, actor)
+        if outcome == "no_freeze":
+            raise Unknown(f"account {account_id} was never frozen by {str(reference)[:80]!r}")
+        _require(outcome, unknown=f"no account {account_id}")
+
+    async def freezes(self, account_id: UUID) -> list[Freeze]:
+        """Why the account is frozen, and was: the newest first, 100 at most."""
+        return [freeze(row) for row in await self._rows(_FREEZES, account_id)]
 
     # Keys
 

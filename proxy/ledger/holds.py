@@ -38,6 +38,7 @@ _BATCH = (
     "SELECT * FROM farebox.batch"
     "($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)"
 )
+_KEY = "SELECT k.*, farebox.account_frozen(k.account_id) AS account_frozen FROM farebox.find_key($1) AS k"
 _EXTEND = "SELECT * FROM farebox.extend_holds($1, $2, $3, $4, $5, $6)"
 
 
@@ -175,11 +176,11 @@ class HoldLedger:
         return [Expired(row["hold_id"], row["account_id"], row["charge"]) for row in rows]
 
     async def find_key(self, key_id: str) -> ApiKey | None:
-        """The key, whatever its state; None if there is none."""
+        """The key, whatever its state, and whether its account is frozen; None if there is none."""
         check_text("key_id", key_id)
         with translated():
-            row = await self._database.fetchrow("SELECT * FROM farebox.find_key($1)", key_id)
-        return None if row is None else api_key(row)
+            row = await self._database.fetchrow(_KEY, key_id)
+        return None if row is None else api_key(row, account_frozen=row["account_frozen"])
 
     async def ledger_id(self) -> UUID:
         """Which ledger this is: the same in its backups and standbys, another in every other database."""

@@ -24,6 +24,7 @@ __all__ = [
     "Finalize",
     "FinalizeOutcome",
     "Finalized",
+    "Freeze",
     "Mark",
     "Release",
     "Released",
@@ -77,6 +78,8 @@ class Account:
     debt: int
     version: int
     created_at: datetime
+    frozen_at: datetime | None = None
+    """While it is set nothing is reserved; ``Freeze`` says why."""
 
     @property
     def available(self) -> int:
@@ -84,11 +87,24 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class Freeze:
+    """A reason for which an account may reserve nothing, until it is lifted. ``reference``: a dispute's id, mostly."""
+
+    reference: str
+    reason: str
+    actor: str
+    created_at: datetime
+    lifted_at: datetime | None
+    lifted_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ApiKey:
     """A credential of an account. ``version`` rises with every change, so that ``reserve`` can tell a stale copy.
 
     ``models`` None: all. ``spend_limit`` None: unlimited; else microcredits over the key's life, held ones included.
-    ``profile`` None: the server's default limits profile.
+    ``profile`` None: the server's default limits profile. ``account_frozen``: known where the gateway asked; nothing is
+    reserved then, whatever the key.
     """
 
     id: str
@@ -107,6 +123,7 @@ class ApiKey:
     expires_at: datetime | None
     revoked_at: datetime | None
     rotated_from: str | None
+    account_frozen: bool = False
 
 
 class ReserveOutcome(StrEnum):
@@ -120,7 +137,7 @@ class ReserveOutcome(StrEnum):
     SPEND_LIMIT = "spend_limit"
     """The key's own spend limit doesn't carry ``at_least``."""
     KEY_CHANGED = "key_changed"
-    """The key's version is another than the caller's (revoked, edited): reload it once."""
+    """The key's version is another than the caller's (revoked, edited), or its account is frozen: reload it once."""
     KEY_EXPIRED = "key_expired"
     WORKER_LAPSED = "worker_lapsed"
     """The worker's lease is over: it may not admit until it has renewed."""

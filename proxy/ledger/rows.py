@@ -3,9 +3,9 @@
 import asyncpg
 
 from proxy.core.usage import Usage
-from proxy.ledger.records import Account, ApiKey, Ended, Transfer
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
 
-__all__ = ["account", "api_key", "ended", "transfer"]
+__all__ = ["account", "api_key", "ended", "freeze", "transfer"]
 
 
 def account(row: asyncpg.Record) -> Account:
@@ -20,10 +20,23 @@ def account(row: asyncpg.Record) -> Account:
         debt=row["debt"],
         version=row["version"],
         created_at=row["created_at"],
+        frozen_at=row["frozen_at"],
     )
 
 
-def api_key(row: asyncpg.Record) -> ApiKey:
+def freeze(row: asyncpg.Record) -> Freeze:
+    """A Freeze."""
+    return Freeze(
+        reference=row["reference"],
+        reason=row["reason"],
+        actor=row["actor"],
+        created_at=row["created_at"],
+        lifted_at=row["lifted_at"],
+        lifted_by=row["lifted_by"],
+    )
+
+
+def api_key(row: asyncpg.Record, *, account_frozen: bool = False) -> ApiKey:
     """An ApiKey."""
     models = row["models"]
     return ApiKey(
@@ -43,6 +56,7 @@ def api_key(row: asyncpg.Record) -> ApiKey:
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
         rotated_from=row["rotated_from"],
+        account_frozen=account_frozen,
     )
 
 

@@ -55,7 +55,7 @@ def test_an_account_is_made_shown_and_listed(farebox: Farebox) -> None:
     ).json
     assert (made["name"], made["external_id"], made["email"]) == ("Ann & Co", "ann", "ann@example.org")
     for ref in (made["id"], "ann", "Ann & Co"):
-        assert farebox("accounts", "show", ref, "--json").json == made
+        assert farebox("accounts", "show", ref, "--json").json == {**made, "freezes": []}
     assert {"balance", "held", "available", "debt"} <= made.keys()
     listed = farebox("accounts", "list", "--limit", "1000", "--json").json
     assert made in listed["data"]
@@ -73,6 +73,25 @@ def test_a_name_that_two_have_names_neither(farebox: Farebox) -> None:
     for _ in range(2):
         farebox("accounts", "create", "Twin")
     assert "Several accounts" in failed(farebox("accounts", "show", "Twin", "--json"), "conflict")
+
+
+def test_an_account_is_frozen_and_unfrozen_and_shows_why(farebox: Farebox) -> None:
+    account = new_account(farebox)
+    frozen = farebox("accounts", "freeze", account, "--reason", "a chargeback", "--ref", "case 7", "--json").json
+    assert frozen["frozen_at"] is not None
+    [why] = farebox("accounts", "show", account, "--json").json["freezes"]
+    assert (why["reference"], why["reason"], why["lifted_at"]) == ("case 7", "a chargeback", None)
+    assert "a chargeback" in farebox("accounts", "show", account).out
+    assert "never frozen" in failed(farebox("accounts", "unfreeze", account, "--ref", "case 8", "--json"), "not_found")
+    for options in (["--ref", "case 7"], []):
+        assert farebox("accounts", "unfreeze", account, *options, "--json").json["frozen_at"] is None
+    [why] = farebox("accounts", "show", account, "--json").json["freezes"]
+    assert why["lifted_by"].startswith("cli:")
+    again = farebox("accounts", "freeze", account, "--reason", "again", "--ref", "case 7", "--json")
+    assert "lifted" in failed(again, "conflict")
+    for _ in range(2):
+        assert farebox("accounts", "freeze", account, "--reason", "by hand").code == 0
+    assert len(farebox("accounts", "show", account, "--json").json["freezes"]) == 3
 
 
 def test_accounts_come_by_pages(farebox: Farebox) -> None:

@@ -86,6 +86,7 @@ async def test_200_credits(client: httpx2.AsyncClient, bank: Bank) -> None:
         "held": "0.500001",
         "available": "0.999999",
         "debt": "0",
+        "frozen_at": None,
     }
     assert answer.headers["cache-control"] == "private, no-store"
 

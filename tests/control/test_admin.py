@@ -163,6 +163,22 @@ async def test_400_for_a_query_that_is_wrong(admin: httpx2.AsyncClient, query: s
     error_of(await admin.get(f"/admin/v1/accounts?{query}"), 400)
 
 
+async def test_200_an_account_is_frozen_and_unfrozen(admin: httpx2.AsyncClient) -> None:
+    account = (await make_account(admin))["id"]
+    path = f"/admin/v1/accounts/{account}"
+    body = {"reason": "a chargeback", "reference": "case 7"}
+    for _ in range(2):
+        answer = await admin.post(f"{path}/freeze", json=body, headers={"x-farebox-actor": "ann"})
+        assert answer.json()["frozen_at"] is not None
+    [why] = (await admin.get(f"{path}/freezes")).json()["data"]
+    assert (why["reference"], why["reason"], why["actor"]) == ("case 7", "a chargeback", "admin:ann")
+    for _ in range(2):
+        assert (await admin.post(f"{path}/unfreeze", json={})).json()["frozen_at"] is None
+    assert error_of(await admin.post(f"{path}/freeze", json=body), 409)["code"] == "conflict"
+    assert error_of(await admin.post(f"{path}/unfreeze", json={"reference": "case 8"}), 404)["code"] == "not_found"
+    assert error_of(await admin.post(f"{path}/freeze", json={}), 400)["param"] == "reason"
+
+
 # Keys
 
 

@@ -105,6 +105,13 @@ CREATE FUNCTION farebox.a_stray_transfer() RETURNS text
      WHERE a.id IS NULL OR t.version < 1 OR t.version > a.version
 $$;
 
+CREATE FUNCTION farebox.account_frozen(_account_id uuid) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT coalesce((SELECT a.frozen_at IS NOT NULL FROM farebox.accounts a WHERE a.id = _account_id), false)
+$$;
+
 CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -757,7 +764,8 @@ BEGIN
                CASE WHEN u.n <= _reserves THEN CASE
                    WHEN w.lease_until IS NULL OR w.lease_until <= at THEN 'worker_lapsed'
                    WHEN k.id IS NULL OR k.account_id <> u.account_id OR p.version IS NULL THEN 'unknown'
-                   WHEN k.version <> u.key_version OR k.revoked_at IS NOT NULL THEN 'key_changed'
+                   WHEN k.version <> u.key_version OR k.revoked_at IS NOT NULL OR a.frozen_at IS NOT NULL
+                       THEN 'key_changed'
                    WHEN k.expires_at <= at THEN 'key_expired'
                END END AS refusal
           FROM unnest(
@@ -1492,6 +1500,46 @@ BEGIN
      WHERE k.account_id = _account_id AND k.key_hash = _key_hash AND k.hold_id = _hold_id
        AND NOT EXISTS (SELECT FROM farebox.holds h WHERE h.id = _hold_id);
     RETURN FOUND;
+END
+$$;
+
+CREATE FUNCTION farebox.freeze_account(_account_id uuid, _reference text, _reason text, _actor text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    IF NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = _account_id) THEN
+        RETURN 'unknown';
+    END IF;
+    IF NOT farebox.frozen(_account_id, _reference, _reason, _actor) AND EXISTS (
+        SELECT FROM farebox.freezes f
+         WHERE f.account_id = _account_id AND f.reference = _reference AND f.lifted_at IS NOT NULL
+    ) THEN
+        RETURN 'conflict';
+    END IF;
+    RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.frozen(_account_id uuid, _reference text, _reason text, _actor text) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    at timestamptz := clock_timestamp();
+BEGIN
+    INSERT INTO farebox.freezes (account_id, reference, reason, actor, created_at)
+    VALUES (_account_id, _reference, _reason, _actor, at)
+    ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE farebox.accounts AS a SET frozen_at = at WHERE a.id = _account_id AND a.frozen_at IS NULL;
+    PERFORM farebox.tell(
+        'account.frozen', _account_id, _account_id || ':' || _reference,
+        jsonb_build_object('reference', _reference, 'reason', _reason)
+    );
+    RETURN true;
 END
 $$;
 
@@ -2476,6 +2524,24 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.thawed(_account_id uuid, _reference text, _actor text) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    UPDATE farebox.freezes AS f
+       SET lifted_at = clock_timestamp(), lifted_by = _actor
+     WHERE f.account_id = _account_id AND f.reference = coalesce(_reference, f.reference) AND f.lifted_at IS NULL;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE farebox.accounts AS a
+       SET frozen_at = NULL
+     WHERE a.id = _account_id
+       AND NOT EXISTS (SELECT FROM farebox.freezes f WHERE f.account_id = _account_id AND f.lifted_at IS NULL);
+    RETURN true;
+END
+$$;
+
 CREATE FUNCTION farebox.time_text(_at timestamp with time zone) RETURNS text
     LANGUAGE sql IMMUTABLE
     AS $$
@@ -2498,6 +2564,25 @@ CREATE FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint, _upto 
     SELECT sha512(coalesce(string_agg(farebox.transfer_bytes(t), '' ORDER BY t.version), '')), count(*)
       FROM farebox.transfers t
      WHERE t.account_id = _account_id AND t.version > _after AND t.version <= _upto
+$$;
+
+CREATE FUNCTION farebox.unfreeze_account(_account_id uuid, _reference text, _actor text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    IF NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = _account_id) THEN
+        RETURN 'unknown';
+    END IF;
+    IF _reference IS NOT NULL AND NOT EXISTS (
+        SELECT FROM farebox.freezes f WHERE f.account_id = _account_id AND f.reference = _reference
+    ) THEN
+        RETURN 'no_freeze';
+    END IF;
+    PERFORM farebox.thawed(_account_id, _reference, _actor);
+    RETURN 'done';
+END
 $$;
 
 CREATE FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) RETURNS text
@@ -3196,6 +3281,9 @@ REVOKE ALL ON FUNCTION farebox.a_stray_seal() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.a_stray_transfer() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.account_frozen(_account_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.account_frozen(_account_id uuid) TO farebox_gateway;
+
 REVOKE ALL ON FUNCTION farebox.audit() FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.audit() TO farebox_control;
 
@@ -3298,6 +3386,11 @@ GRANT ALL ON FUNCTION farebox.forget_messages(_age interval, _nobody_listens boo
 
 REVOKE ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.freeze_account(_account_id uuid, _reference text, _reason text, _actor text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.freeze_account(_account_id uuid, _reference text, _reason text, _actor text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.frozen(_account_id uuid, _reference text, _reason text, _actor text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
@@ -3418,11 +3511,16 @@ REVOKE ALL ON FUNCTION farebox.tell(_type text, _account_id uuid, _reference tex
 REVOKE ALL ON FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.thawed(_account_id uuid, _reference text, _actor text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.time_text(_at timestamp with time zone) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.transfer_bytes(_row farebox.transfers) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint, _upto bigint, OUT digest bytea, OUT rows bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.unfreeze_account(_account_id uuid, _reference text, _actor text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.unfreeze_account(_account_id uuid, _reference text, _actor text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
