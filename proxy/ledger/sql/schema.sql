@@ -1217,6 +1217,205 @@ CREATE FUNCTION farebox.credits_text(_microcredits bigint) RETURNS text
     SELECT trim_scale(_microcredits::numeric / 1000000)::text
 $$;
 
+CREATE FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    mark bigint;
+    newest bigint;
+    upto bigint;
+BEGIN
+    IF NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = _account_id) THEN
+        RETURN 0;
+    END IF;
+    mark := farebox.lock_lots(_account_id);
+    SELECT a.version INTO newest FROM farebox.accounts a WHERE a.id = _account_id;
+    upto := least(_upto, newest, mark + _rows);
+    IF upto <= mark THEN
+        RETURN 0;
+    END IF;
+    -- To the end of its move.
+    WHILE upto < newest AND EXISTS (
+        SELECT FROM farebox.transfers t
+         WHERE t.account_id = _account_id
+           AND (t.version = upto AND t.kind = 'overrun' OR t.version = upto + 1 AND t.kind = 'debt_payment')
+    ) LOOP
+        upto := upto + 1;
+    END LOOP;
+    PERFORM farebox.draw_moves(_account_id, mark, upto, NULL, NULL);
+    RETURN upto - mark;
+END
+$$;
+
+CREATE FUNCTION farebox.draw_moves(_account_id uuid, _after bigint, _upto bigint, _lot_version bigint, _references text[]) RETURNS void
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    done bigint := _after;
+    back bigint;
+    netted bigint := 0;
+BEGIN
+    INSERT INTO farebox.lots (account_id, version, kind, amount, remaining, priority, created_at)
+    SELECT t.account_id, t.version, k.kind, t.amount, t.amount, farebox.priority_of(k.kind), t.created_at
+      FROM farebox.transfers t,
+           LATERAL (VALUES (CASE t.kind WHEN 'grant' THEN 'granted' WHEN 'promo' THEN 'promo' ELSE 'paid' END)) AS k (kind)
+     WHERE t.account_id = _account_id AND t.version > _after AND t.version <= _upto
+       AND t.kind IN ('grant', 'promo', 'purchase', 'plan')
+       AND NOT EXISTS (SELECT FROM farebox.lots l WHERE l.account_id = _account_id AND l.version = t.version);
+    FOR back IN
+        SELECT t.version
+          FROM farebox.transfers t
+         WHERE t.account_id = _account_id AND t.version > _after AND t.version <= _upto AND t.account_side = 'credit'
+           AND t.kind IN ('reversal', 'true_up', 'refund_return', 'dispute_return')
+         ORDER BY t.version
+    LOOP
+        IF back - 1 > done THEN
+            PERFORM farebox.draw_stretch(_account_id, done, back - 1, _lot_version, netted);
+        END IF;
+        netted := farebox.unwind(_account_id, back, _lot_version, _references);
+        done := back;
+    END LOOP;
+    IF _upto > done THEN
+        PERFORM farebox.draw_stretch(_account_id, done, _upto, _lot_version, netted);
+    END IF;
+    UPDATE farebox.lot_marks AS m SET version = _upto WHERE m.account_id = _account_id;
+END
+$$;
+
+CREATE FUNCTION farebox.draw_stretch(_account_id uuid, _after bigint, _upto bigint, _lot_version bigint, _netted bigint) RETURNS void
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    -- The lots with anything left, in drawing order: an element each. by_expiry: their places, the latest expiry first.
+    lot_versions bigint[];
+    lot_remaining bigint[];
+    lot_reserved bigint[];
+    lot_owed bigint[];
+    lot_expires_at timestamptz[];
+    by_expiry integer[];
+    lots integer;
+    -- The lots before it are used up.
+    first integer := 1;
+    expiring boolean;
+    -- What was drawn.
+    drawn_at bigint[] := '{}';
+    drawn_nth integer[] := '{}';
+    drawn_lot bigint[] := '{}';
+    drawn bigint[] := '{}';
+    drawn_owed boolean[] := '{}';
+    draws integer := 0;
+    entry record;
+    lent bigint := 0;
+    netted bigint := _netted;
+    due bigint;
+    aimed boolean;
+    nth integer;
+    i integer;
+    part bigint;
+BEGIN
+    SELECT coalesce(array_agg(l.version ORDER BY l.priority, l.expires_at, l.version), '{}'),
+           array_agg(l.remaining ORDER BY l.priority, l.expires_at, l.version),
+           array_agg(l.reserved ORDER BY l.priority, l.expires_at, l.version),
+           array_agg(l.owed ORDER BY l.priority, l.expires_at, l.version),
+           array_agg(l.expires_at ORDER BY l.priority, l.expires_at, l.version)
+      INTO lot_versions, lot_remaining, lot_reserved, lot_owed, lot_expires_at
+      FROM farebox.lots l
+     WHERE l.account_id = _account_id AND l.version <= _upto AND l.remaining > 0;
+    lots := cardinality(lot_versions);
+    expiring := EXISTS (SELECT FROM unnest(lot_expires_at) AS e WHERE e IS NOT NULL);
+    by_expiry := ARRAY(
+        SELECT u.n::integer FROM unnest(lot_expires_at) WITH ORDINALITY AS u (e, n) WHERE u.e IS NOT NULL ORDER BY u.e DESC, u.n
+    );
+
+    FOR entry IN
+        SELECT t.version, t.kind, t.account_side, t.amount,
+               -- A lot counts as it was when the hold was opened; a debt's payment as the hold that it comes from.
+               CASE WHEN expiring THEN coalesce(
+                   (SELECT h.opened_at FROM farebox.holds h WHERE h.id = t.hold_id), t.created_at
+               ) END AS moment
+          FROM farebox.transfers t
+         WHERE t.account_id = _account_id AND t.version > _after AND t.version <= _upto
+         ORDER BY t.version
+    LOOP
+        IF entry.account_side = 'credit' THEN
+            lent := CASE entry.kind WHEN 'overrun' THEN entry.amount ELSE 0 END;
+            CONTINUE;
+        END IF;
+        due := entry.amount - lent - netted;
+        netted := 0;
+        nth := 0;
+        aimed := _lot_version IS NOT NULL AND entry.kind IN ('refund', 'dispute', 'expiry');
+        WHILE lot_remaining[first] = 0 LOOP
+            first := first + 1;
+        END LOOP;
+        FOR step IN 1..6 LOOP
+            EXIT WHEN due = 0;
+            CONTINUE WHEN step = 1 AND NOT aimed OR step = 2 AND entry.kind <> 'debt_payment';
+            FOR place IN CASE step WHEN 4 THEN 1 ELSE first END
+                      .. CASE step WHEN 4 THEN cardinality(by_expiry) ELSE lots END
+            LOOP
+                i := CASE step WHEN 4 THEN by_expiry[place] ELSE place END;
+                CONTINUE WHEN lot_versions[i] > entry.version;
+                part := CASE
+                    WHEN step = 1 AND lot_versions[i] <> _lot_version THEN 0
+                    WHEN step = 3 AND lot_expires_at[i] <= entry.moment THEN 0
+                    WHEN step IN (2, 5) THEN lot_owed[i]
+                    WHEN step = 6 THEN lot_reserved[i]
+                    ELSE lot_remaining[i] - lot_reserved[i] - lot_owed[i]
+                END;
+                CONTINUE WHEN part = 0;
+                part := least(part, due);
+                lot_remaining[i] := lot_remaining[i] - part;
+                IF step IN (2, 5) THEN
+                    lot_owed[i] := lot_owed[i] - part;
+                ELSIF step = 6 THEN
+                    lot_reserved[i] := lot_reserved[i] - part;
+                END IF;
+                due := due - part;
+                nth := nth + 1;
+                draws := draws + 1;
+                drawn_at[draws] := entry.version;
+                drawn_nth[draws] := nth;
+                drawn_lot[draws] := lot_versions[i];
+                drawn[draws] := part;
+                drawn_owed[draws] := step = 2;
+                EXIT WHEN due = 0;
+            END LOOP;
+        END LOOP;
+        IF due <> 0 THEN
+            RAISE EXCEPTION 'the lots of account % don''t carry its transfer %: % microcredits are missing',
+                _account_id, entry.version, due USING ERRCODE = 'XX001';
+        END IF;
+        IF aimed AND lent > 0 THEN
+            -- What other holds have of that lot at this moment: the debt takes it from there when they end.
+            i := array_position(lot_versions, _lot_version);
+            IF i IS NOT NULL THEN
+                lot_owed[i] := lot_owed[i] + least(lent, lot_remaining[i] - lot_reserved[i] - lot_owed[i]);
+            END IF;
+        END IF;
+        lent := 0;
+    END LOOP;
+
+    INSERT INTO farebox.draws (account_id, version, nth, lot_version, amount, owed)
+    SELECT _account_id, u.*
+      FROM unnest(drawn_at, drawn_nth, drawn_lot, drawn, drawn_owed) AS u (version, nth, lot_version, amount, owed);
+    UPDATE farebox.lots AS l
+       SET remaining = u.remaining, reserved = u.reserved, owed = u.owed
+      FROM unnest(lot_versions, lot_remaining, lot_reserved, lot_owed) AS u (version, remaining, reserved, owed)
+     WHERE l.account_id = _account_id AND l.version = u.version
+       AND (l.remaining, l.reserved, l.owed) IS DISTINCT FROM (u.remaining, u.reserved, u.owed);
+END
+$$;
+
 CREATE FUNCTION farebox.end_promo(_code text) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1279,6 +1478,70 @@ CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) RE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
     SELECT * FROM farebox.sweep(_limit, _restart_grace, NULL)
+$$;
+
+CREATE FUNCTION farebox.expire_lots(_account_id uuid) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    at timestamptz;
+    lot record;
+    took record;
+    total bigint := 0;
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    PERFORM farebox.draw_lots(_account_id, NULL, NULL);
+    at := clock_timestamp();
+    FOR lot IN
+        SELECT l.version,
+               l.remaining - l.reserved - l.owed - (
+                   SELECT coalesce(sum(h.amount), 0)::bigint
+                     FROM farebox.holds h
+                    -- A refund's hold has no worker, and what it may draw is reserved.
+                    WHERE h.state = 'open' AND h.worker_id IS NOT NULL AND h.account_id = _account_id
+                      AND h.opened_at < l.expires_at
+               ) AS over
+          FROM farebox.lots l
+         WHERE l.account_id = _account_id AND l.remaining > 0 AND l.expires_at <= at
+         ORDER BY l.expires_at, l.version
+    LOOP
+        CONTINUE WHEN lot.over <= 0;
+        took := farebox.take(
+            _account_id, 'expiry', lot.over,
+            -- Once at each version of the account.
+            _account_id || ':' || lot.version || ':' || (SELECT a.version FROM farebox.accounts a WHERE a.id = _account_id),
+            'farebox', NULL, lot.version, true
+        );
+        EXIT WHEN took.outcome <> 'done';
+        total := total + took.taken;
+    END LOOP;
+    RETURN total;
+END
+$$;
+
+CREATE FUNCTION farebox.expired_accounts(_limit integer) RETURNS SETOF uuid
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH expired AS MATERIALIZED (
+        SELECT l.account_id, l.expires_at, l.remaining - l.reserved - l.owed AS free
+          FROM farebox.lots l JOIN farebox.accounts a ON a.id = l.account_id
+         WHERE l.expires_at <= clock_timestamp() AND l.remaining > 0 AND l.remaining > l.reserved + l.owed
+           AND a.balance > a.held
+    ), open AS MATERIALIZED (
+        SELECT h.account_id, h.opened_at, h.amount
+          FROM farebox.holds h
+         WHERE h.state = 'open' AND h.worker_id IS NOT NULL AND EXISTS (SELECT FROM expired)
+    )
+    SELECT DISTINCT e.account_id
+      FROM expired e
+     WHERE e.free > (
+               SELECT coalesce(sum(o.amount), 0)
+                 FROM open o
+                WHERE o.account_id = e.account_id AND o.opened_at < e.expires_at
+           )
+     LIMIT _limit
 $$;
 
 CREATE FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) RETURNS record
@@ -1543,47 +1806,75 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.give_back(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_version bigint, _references text[], OUT outcome text, OUT transfer_version bigint) RETURNS record
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    known farebox.transfers;
+    purse farebox.purse;
+    mark bigint;
+BEGIN
+    IF _kind IN ('refund_return', 'dispute_return') IS NOT TRUE THEN
+        RAISE EXCEPTION 'no such kind of return: %', _kind USING ERRCODE = '22023';
+    END IF;
+    IF _amount > 0 IS NOT TRUE THEN
+        RAISE EXCEPTION 'a return of % microcredits', _amount USING ERRCODE = '22023';
+    END IF;
+    SELECT * INTO known FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference;
+    IF known.version IS NOT NULL THEN
+        outcome := CASE known.account_id WHEN _account_id THEN 'done' ELSE 'conflict' END;
+        transfer_version := CASE known.account_id WHEN _account_id THEN known.version END;
+        RETURN;
+    END IF;
+    PERFORM farebox.draw_lots(_account_id, NULL, NULL);
+    purse := farebox.open_purse(_account_id);
+    mark := purse.version;
+    purse := farebox.moved(purse, _kind, -_amount, 0);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, NULL, _reference, _actor, _reason)], NULL, NULL, clock_timestamp()
+    );
+    PERFORM farebox.draw_moves(_account_id, mark, purse.version, _lot_version, _references);
+    outcome := 'done';
+    transfer_version := mark + 1;
+END
+$$;
+
 CREATE FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-DECLARE
-    purse farebox.purse;
-    known farebox.transfers;
-    at timestamptz;
 BEGIN
     IF _kind <> 'grant' THEN
         RAISE EXCEPTION 'no such kind of grant: %', _kind USING ERRCODE = '22023';
     END IF;
-    IF _amount > 0 IS NOT TRUE THEN
-        RAISE EXCEPTION 'a grant of % microcredits', _amount USING ERRCODE = '22023';
+    SELECT g.* INTO outcome, transfer_account, transfer_version
+      FROM farebox.grant_lot(_account_id, _kind, _amount, _reference, _actor, _reason, NULL, NULL) AS g;
+END
+$$;
+
+CREATE FUNCTION farebox.grant_lot(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _expires_at timestamp with time zone, _priority integer, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    IF _kind IN ('grant', 'promo') IS NOT TRUE THEN
+        RAISE EXCEPTION 'no such kind of grant: %', _kind USING ERRCODE = '22023';
+    END IF;
+    IF _priority NOT BETWEEN 0 AND 1000 THEN
+        RAISE EXCEPTION 'a priority of %', _priority USING ERRCODE = '22023';
     END IF;
     PERFORM farebox.lock_reference(_kind, _reference);
     PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
-    SELECT * INTO known FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference;
-    IF known.version IS NOT NULL THEN
-        outcome := CASE WHEN known.account_id = _account_id AND known.amount = _amount THEN 'done' ELSE 'conflict' END;
-        transfer_account := known.account_id;
-        transfer_version := known.version;
+    IF _expires_at <= clock_timestamp()
+       AND NOT EXISTS (SELECT FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference) THEN
+        outcome := 'expired';
         RETURN;
     END IF;
-    purse := farebox.open_purse(_account_id);
-    outcome := CASE
-        WHEN purse IS NULL THEN 'unknown'
-        -- Some room below what 64 bits carry, for sums.
-        WHEN purse.balance > 1000000000000000000 - _amount THEN 'above_limit'
-        ELSE 'done'
-    END;
-    IF outcome <> 'done' THEN
-        RETURN;
-    END IF;
-    at := clock_timestamp();
-    transfer_account := _account_id;
-    transfer_version := purse.version + 1;
-    purse := farebox.moved(purse, _kind, -_amount, 0);
-    PERFORM farebox.write_down(
-        ARRAY[purse], ARRAY[farebox.a_move(purse, NULL, _reference, _actor, _reason)], NULL, NULL, at
-    );
+    SELECT c.* INTO outcome, transfer_account, transfer_version
+      FROM farebox.credited(
+               _account_id, _kind, _amount, _reference, _actor, _reason,
+               CASE _kind WHEN 'promo' THEN 'promo' ELSE 'granted' END, _expires_at, _priority, NULL
+           ) AS c;
 END
 $$;
 
@@ -1779,6 +2070,22 @@ CREATE FUNCTION farebox.lock_lapsed(_worker_ids uuid[], _at timestamp with time 
          ORDER BY w.id
            FOR NO KEY UPDATE SKIP LOCKED
     )
+$$;
+
+CREATE FUNCTION farebox.lock_lots(_account_id uuid) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    mark bigint;
+BEGIN
+    -- Under a snapshot older than the lock, what the session before it has drawn would be drawn again.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'the ledger writes under READ COMMITTED only' USING ERRCODE = '25001';
+    END IF;
+    INSERT INTO farebox.lot_marks (account_id, version) VALUES (_account_id, 0) ON CONFLICT DO NOTHING;
+    SELECT m.version INTO mark FROM farebox.lot_marks m WHERE m.account_id = _account_id FOR UPDATE;
+    RETURN mark;
+END
 $$;
 
 CREATE FUNCTION farebox.lock_reference(_kind text, _reference text) RETURNS void
@@ -2047,6 +2354,22 @@ CREATE FUNCTION farebox.resend_messages(_id uuid) RETURNS bigint
         RETURNING o.id
     )
     SELECT count(*) FROM again
+$$;
+
+CREATE FUNCTION farebox.reserve_lot(_account_id uuid, _lot_version bigint, _amount bigint) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    part bigint;
+BEGIN
+    PERFORM farebox.draw_lots(_account_id, NULL, NULL);
+    SELECT greatest(least(_amount, l.remaining - l.reserved - l.owed), 0) INTO part
+      FROM farebox.lots l WHERE l.account_id = _account_id AND l.version = _lot_version;
+    UPDATE farebox.lots AS l
+       SET reserved = l.reserved + part
+     WHERE l.account_id = _account_id AND l.version = _lot_version AND part > 0;
+    RETURN coalesce(part, 0);
+END
 $$;
 
 CREATE FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
@@ -2458,6 +2781,56 @@ CREATE FUNCTION farebox.system_side(_kind text) RETURNS text
     END
 $$;
 
+CREATE FUNCTION farebox.take(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_version bigint, _at_most_lot boolean, _freed bigint DEFAULT 0, OUT outcome text, OUT transfer_version bigint, OUT taken bigint, OUT lent bigint) RETURNS record
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    known farebox.transfers;
+    purse farebox.purse;
+    mark bigint;
+BEGIN
+    IF _kind IN ('refund', 'dispute', 'expiry') IS NOT TRUE THEN
+        RAISE EXCEPTION 'no such kind of taking: %', _kind USING ERRCODE = '22023';
+    END IF;
+    IF _amount >= 0 IS NOT TRUE OR _freed >= 0 IS NOT TRUE THEN
+        RAISE EXCEPTION 'a taking of % microcredits, % freed', _amount, _freed USING ERRCODE = '22023';
+    END IF;
+    lent := 0;
+    SELECT * INTO known FROM farebox.transfers t WHERE t.kind = _kind AND t.reference = _reference;
+    IF known.version IS NOT NULL THEN
+        outcome := CASE known.account_id WHEN _account_id THEN 'done' ELSE 'conflict' END;
+        taken := CASE known.account_id WHEN _account_id THEN known.amount ELSE 0 END;
+        transfer_version := CASE known.account_id WHEN _account_id THEN known.version END;
+        SELECT t.amount INTO lent
+          FROM farebox.transfers t
+         WHERE t.account_id = _account_id AND t.version = transfer_version - 1 AND t.kind = 'overrun';
+        lent := coalesce(lent, 0);
+        RETURN;
+    END IF;
+    PERFORM farebox.draw_lots(_account_id, NULL, NULL);
+    purse := farebox.open_purse(_account_id);
+    mark := purse.version;
+    taken := _amount;
+    IF _at_most_lot THEN
+        SELECT least(_amount, l.remaining - l.reserved - l.owed, purse.balance - purse.held + _freed) INTO taken
+          FROM farebox.lots l WHERE l.account_id = _account_id AND l.version = _lot_version;
+        taken := coalesce(taken, 0);
+    END IF;
+    purse := farebox.moved(purse, CASE WHEN taken > 0 THEN _kind END, taken, _freed);
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, NULL, _reference, _actor, _reason)], NULL, NULL, clock_timestamp()
+    );
+    PERFORM farebox.draw_moves(_account_id, mark, purse.version, _lot_version, NULL);
+    lent := purse.lent;
+    IF taken > 0 THEN
+        outcome := 'done';
+        transfer_version := purse.version - (purse.paid > 0)::integer;
+    ELSE
+        outcome := 'nothing';
+    END IF;
+END
+$$;
+
 CREATE FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb DEFAULT '{}'::jsonb) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -2582,6 +2955,148 @@ BEGIN
     END IF;
     PERFORM farebox.thawed(_account_id, _reference, _actor);
     RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.unreserve_lot(_account_id uuid, _lot_version bigint, _amount bigint) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    PERFORM farebox.draw_lots(_account_id, NULL, NULL);
+    UPDATE farebox.lots AS l
+       SET reserved = greatest(l.reserved - _amount, 0)
+     WHERE l.account_id = _account_id AND l.version = _lot_version AND l.reserved > 0 AND _amount > 0;
+END
+$$;
+
+CREATE FUNCTION farebox.unwind(_account_id uuid, _version bigint, _lot_version bigint, _references text[]) RETURNS bigint
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    entry farebox.transfers;
+    lot bigint;
+    versions bigint[];
+    stack record;
+    top integer;
+    part bigint;
+    rest bigint;
+    paid bigint;
+    unowed bigint;
+    netted bigint;
+    nth integer := 0;
+BEGIN
+    SELECT * INTO entry FROM farebox.transfers t WHERE t.account_id = _account_id AND t.version = _version;
+    SELECT t.amount INTO paid
+      FROM farebox.transfers t
+     WHERE t.account_id = _account_id AND t.version = _version + 1 AND t.kind = 'debt_payment';
+    paid := coalesce(paid, 0);
+    IF entry.hold_id IS NULL THEN
+        lot := _lot_version;
+        versions := ARRAY(
+            SELECT t.version
+              FROM unnest(_references) AS r (reference)
+              JOIN farebox.transfers t ON t.reference = r.reference
+             WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return') AND t.account_id = _account_id
+               AND t.version < _version
+        );
+    ELSE
+        versions := ARRAY(
+            SELECT t.version
+              FROM farebox.transfers t
+             WHERE t.hold_id = entry.hold_id AND t.kind IN ('charge', 'true_up') AND t.account_id = _account_id
+               AND t.version < _version
+            UNION ALL
+            SELECT t.version
+              FROM farebox.transfers t
+             WHERE t.hold_id = entry.hold_id AND t.kind = 'reversal' AND t.account_id = _account_id
+               AND t.version < _version
+        );
+    END IF;
+
+    rest := entry.amount;
+    -- What the lot owes is paid by this, so that it needn't give it up.
+    SELECT least(rest, paid, l.owed) INTO unowed
+      FROM farebox.lots l WHERE l.account_id = _account_id AND l.version = lot;
+    unowed := coalesce(unowed, 0);
+    rest := rest - unowed;
+    IF unowed > 0 THEN
+        UPDATE farebox.lots AS l SET owed = l.owed - unowed WHERE l.account_id = _account_id AND l.version = lot;
+    END IF;
+
+    stack := farebox.unwindable(_account_id, versions, lot);
+    top := cardinality(stack.lots);
+    WHILE rest > 0 AND top > 0 LOOP
+        part := least(rest, stack.amounts[top]);
+        rest := rest - part;
+        nth := nth + 1;
+        INSERT INTO farebox.draws (account_id, version, nth, lot_version, amount, owed)
+        VALUES (_account_id, _version, nth, stack.lots[top], -part, false);
+        UPDATE farebox.lots AS l
+           SET remaining = l.remaining + part
+         WHERE l.account_id = _account_id AND l.version = stack.lots[top];
+        top := top - 1;
+    END LOOP;
+
+    -- Other lots' owed parts come before.
+    SELECT least(rest, greatest(paid - unowed - coalesce(sum(l.owed), 0), 0)) INTO netted
+      FROM farebox.lots l
+     WHERE l.account_id = _account_id AND l.remaining > 0;
+    rest := rest - netted;
+    IF rest > 0 THEN
+        INSERT INTO farebox.lots (account_id, version, kind, amount, remaining, priority, created_at)
+        VALUES (_account_id, _version, 'granted', rest, rest, farebox.priority_of('granted'), entry.created_at);
+    END IF;
+    RETURN unowed + netted;
+END
+$$;
+
+CREATE FUNCTION farebox.unwindable(_account_id uuid, _versions bigint[], _lot_version bigint, OUT lots bigint[], OUT amounts bigint[]) RETURNS record
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
+    AS $$
+DECLARE
+    draw record;
+    back bigint;
+    part bigint;
+    top integer := 0;
+BEGIN
+    lots := '{}';
+    amounts := '{}';
+    FOR draw IN
+        SELECT d.version, d.nth, d.lot_version, d.amount
+          FROM unnest(_versions) AS v (version)
+          JOIN farebox.draws d ON d.account_id = _account_id AND d.version = v.version
+        UNION
+        SELECT d.version, d.nth, d.lot_version, d.amount
+          FROM farebox.draws d
+         WHERE d.account_id = _account_id AND d.lot_version = _lot_version AND d.owed
+         ORDER BY version, nth
+    LOOP
+        IF draw.amount > 0 THEN
+            top := top + 1;
+            lots[top] := draw.lot_version;
+            amounts[top] := draw.amount;
+            CONTINUE;
+        END IF;
+        back := -draw.amount;
+        WHILE back > 0 AND top > 0 LOOP
+            part := least(back, amounts[top]);
+            back := back - part;
+            amounts[top] := amounts[top] - part;
+            IF amounts[top] = 0 THEN
+                top := top - 1;
+            END IF;
+        END LOOP;
+    END LOOP;
+    lots := lots[1:top];
+    amounts := amounts[1:top];
 END
 $$;
 
@@ -2719,8 +3234,10 @@ CREATE TABLE farebox.disputes (
 CREATE TABLE farebox.draws (
     account_id uuid NOT NULL,
     version bigint NOT NULL,
+    nth integer NOT NULL,
     lot_version bigint NOT NULL,
     amount bigint NOT NULL,
+    owed boolean NOT NULL,
     CONSTRAINT draws_amount_check CHECK ((amount <> 0))
 );
 
@@ -2770,7 +3287,8 @@ CREATE TABLE farebox.lots (
     CONSTRAINT lots_owed_check CHECK ((owed >= 0)),
     CONSTRAINT lots_remaining_check CHECK ((remaining >= 0)),
     CONSTRAINT lots_reserved_check CHECK ((reserved >= 0)),
-    CONSTRAINT remaining_within_amount CHECK ((remaining <= amount))
+    CONSTRAINT remaining_within_amount CHECK ((remaining <= amount)),
+    CONSTRAINT spoken_for_once CHECK (((reserved + owed) <= remaining))
 )
 WITH (fillfactor='70');
 
@@ -3011,7 +3529,7 @@ ALTER TABLE ONLY farebox.disputes
     ADD CONSTRAINT disputes_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY farebox.draws
-    ADD CONSTRAINT draws_pkey PRIMARY KEY (account_id, version, lot_version);
+    ADD CONSTRAINT draws_pkey PRIMARY KEY (account_id, version, nth);
 
 ALTER TABLE ONLY farebox.freezes
     ADD CONSTRAINT freezes_pkey PRIMARY KEY (account_id, reference);
@@ -3118,7 +3636,7 @@ CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
 
 CREATE INDEX disputes_order ON farebox.disputes USING btree (order_id);
 
-CREATE INDEX draws_lot ON farebox.draws USING btree (account_id, lot_version);
+CREATE INDEX draws_owed ON farebox.draws USING btree (account_id, lot_version) WHERE owed;
 
 CREATE INDEX holds_account ON farebox.holds USING btree (account_id, id) WHERE (state <> 'open'::text);
 
@@ -3358,6 +3876,13 @@ REVOKE ALL ON FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bi
 
 REVOKE ALL ON FUNCTION farebox.credits_text(_microcredits bigint) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.draw_moves(_account_id uuid, _after bigint, _upto bigint, _lot_version bigint, _references text[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.draw_stretch(_account_id uuid, _after bigint, _upto bigint, _lot_version bigint, _netted bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.end_promo(_code text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.end_promo(_code text) TO farebox_control;
 
@@ -3368,6 +3893,12 @@ REVOKE ALL ON FUNCTION farebox.ended_so(_hold farebox.holds) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.expire_lots(_account_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.expire_lots(_account_id uuid) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.expired_accounts(_limit integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.expired_accounts(_limit integer) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) TO farebox_gateway;
@@ -3392,8 +3923,13 @@ GRANT ALL ON FUNCTION farebox.freeze_account(_account_id uuid, _reference text, 
 
 REVOKE ALL ON FUNCTION farebox.frozen(_account_id uuid, _reference text, _reason text, _actor text) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.give_back(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_version bigint, _references text[], OUT outcome text, OUT transfer_version bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.grant_lot(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _expires_at timestamp with time zone, _priority integer, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.grant_lot(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _expires_at timestamp with time zone, _priority integer, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBLIC;
 
@@ -3423,6 +3959,8 @@ GRANT SELECT ON TABLE farebox.api_keys TO farebox_control;
 REVOKE ALL ON FUNCTION farebox.lock_key(_id text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.lock_lapsed(_worker_ids uuid[], _at timestamp with time zone) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.lock_lots(_account_id uuid) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.lock_reference(_kind text, _reference text) FROM PUBLIC;
 
@@ -3465,6 +4003,8 @@ REVOKE ALL ON FUNCTION farebox.renew_lease(_worker_id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.resend_messages(_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.resend_messages(_id uuid) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.reserve_lot(_account_id uuid, _lot_version bigint, _amount bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
 
@@ -3506,6 +4046,8 @@ GRANT ALL ON FUNCTION farebox.sweep(_limit integer, _restart_grace interval, _no
 
 REVOKE ALL ON FUNCTION farebox.system_side(_kind text) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.take(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_version bigint, _at_most_lot boolean, _freed bigint, OUT outcome text, OUT transfer_version bigint, OUT taken bigint, OUT lent bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) FROM PUBLIC;
@@ -3521,6 +4063,12 @@ REVOKE ALL ON FUNCTION farebox.transfers_digest(_account_id uuid, _after bigint,
 
 REVOKE ALL ON FUNCTION farebox.unfreeze_account(_account_id uuid, _reference text, _actor text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.unfreeze_account(_account_id uuid, _reference text, _actor text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.unreserve_lot(_account_id uuid, _lot_version bigint, _amount bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.unwind(_account_id uuid, _version bigint, _lot_version bigint, _references text[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.unwindable(_account_id uuid, _versions bigint[], _lot_version bigint, OUT lots bigint[], OUT amounts bigint[]) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.update_key(_id text, _version integer, _name text, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;

@@ -39,21 +39,25 @@ CREATE TABLE farebox.lots (
     order_id uuid,
     created_at timestamptz NOT NULL,
     PRIMARY KEY (account_id, version),
-    CONSTRAINT remaining_within_amount CHECK (remaining <= amount)
+    CONSTRAINT remaining_within_amount CHECK (remaining <= amount),
+    CONSTRAINT spoken_for_once CHECK (reserved + owed <= remaining)
 ) WITH (fillfactor = 70);
 CREATE INDEX lots_left ON farebox.lots (account_id) WHERE remaining > 0;
 CREATE INDEX lots_expiring ON farebox.lots (expires_at) WHERE remaining > 0 AND expires_at IS NOT NULL;
 CREATE INDEX lots_order ON farebox.lots (order_id) WHERE order_id IS NOT NULL;
 
--- Which lots a transfer took from (amount > 0), or gave back to (amount < 0). Append-only.
+-- Which lots a transfer took from (amount > 0), or gave back to (amount < 0), in this order. Append-only.
+-- owed: a debt payment that took what the lot owed to a refund or a dispute.
 CREATE TABLE farebox.draws (
     account_id uuid NOT NULL,
     version bigint NOT NULL,
+    nth integer NOT NULL,
     lot_version bigint NOT NULL,
     amount bigint NOT NULL CHECK (amount <> 0),
-    PRIMARY KEY (account_id, version, lot_version)
+    owed boolean NOT NULL,
+    PRIMARY KEY (account_id, version, nth)
 );
-CREATE INDEX draws_lot ON farebox.draws (account_id, lot_version);
+CREATE INDEX draws_owed ON farebox.draws (account_id, lot_version) WHERE owed;
 
 -- How far an account's transfers have been drawn from its lots.
 CREATE TABLE farebox.lot_marks (
