@@ -24,6 +24,7 @@ ROUTES = (
     "transactions",
     "usage",
     "receipts",
+    "webhooks",
     "admin",
     "health",
     "other",
@@ -46,6 +47,9 @@ CLAIM_OUTCOMES = ("claimed", "running", "finished", "replayed", "mismatch")
 DEPARTURES = ("read_on", "unsent", "refused", "on_disconnect", "drain_seconds", "drain_tokens", "drains_max", "hold")
 """The values of the label ``outcome``: what became of an answer whose client left, or what cut it off."""
 
+STRIPE_EVENT_OUTCOMES = ("applied", "known", "ignored", "not_ours", "refused", "failed")
+"""What became of webhooks: the values of the label ``outcome``."""
+
 _EXTENSION_OUTCOMES = ("extended", "insufficient", "spend_limit", "credits_held", "failed", "other")
 _SOURCES = ("reported", "partly_counted", "counted")
 _FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -65,6 +69,7 @@ class Metrics:
         self._make_ledger()
         self._make_journal()
         self._make_catalog()
+        self._make_billing()
 
     # Requests
 
@@ -241,6 +246,17 @@ class Metrics:
         self._reload_failures.inc()
         self._catalog_stale.set(1)
 
+    # Billing
+
+    def stripe_event(self, outcome: str) -> None:
+        """A webhook came, or was resumed; one of STRIPE_EVENT_OUTCOMES, all others of which count as ``applied``."""
+        self._stripe_events.get(outcome, self._stripe_events["applied"]).inc()
+
+    def stripe_events_left(self, count: int, oldest_at: float) -> None:
+        """How many webhooks are not processed, and since when the oldest waits (Unix time; 0: there is none)."""
+        self._stripe_events_unprocessed.set(count)
+        self._stripe_events_oldest.set(oldest_at)
+
     # The metrics themselves
 
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -322,6 +338,16 @@ class Metrics:
         self._routes = self._gauge("catalog_routes", "Models for sale.")
         self._reload_failures = self._counter("catalog_reload_failures_total", "Changed files that were refused.")
         self._catalog_stale = self._gauge("catalog_stale", "1 while a changed file is refused and an older one serves.")
+
+    def _make_billing(self) -> None:
+        events = self._counter("stripe_events_total", "Webhooks of Stripe's, by what became of them.", ("outcome",))
+        self._stripe_events = {outcome: events.labels(outcome) for outcome in STRIPE_EVENT_OUTCOMES}
+        self._stripe_events_unprocessed = self._gauge(
+            "stripe_events_unprocessed", "Webhooks that were received and are not processed."
+        )
+        self._stripe_events_oldest = self._gauge(
+            "stripe_events_oldest_timestamp_seconds", "Since when the oldest unprocessed webhook has waited."
+        )
 
 
 class MetricsServer:

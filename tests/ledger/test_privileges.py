@@ -51,6 +51,11 @@ CONTROL = {
     *("claim_messages", "message_delivered", "message_failed", "resend_messages", "forget_messages"),
     *("tell_alerts", "set_low_balance"),
     *("create_promo", "end_promo", "redeem_promo"),
+    "take_event",
+    "finish_event",
+    "fail_event",
+    "claim_events",
+    "forget_events",
 }
 FUNCTIONS = {
     "farebox_gateway": GATEWAY | {"schema_version"},

@@ -979,6 +979,41 @@ CREATE FUNCTION farebox.charge_for(_version text, _model text, _variant text, _u
      WHERE p.version = _version AND p.model = _model AND p.variant = _variant
 $$;
 
+CREATE TABLE farebox.stripe_events (
+    id text NOT NULL,
+    type text NOT NULL,
+    livemode boolean NOT NULL,
+    object_id text NOT NULL,
+    created timestamp with time zone NOT NULL,
+    received_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    attempts integer NOT NULL,
+    tried_at timestamp with time zone NOT NULL,
+    error text,
+    processed_at timestamp with time zone,
+    outcome text,
+    CONSTRAINT processed_says_how CHECK (((processed_at IS NULL) = (outcome IS NULL)))
+);
+
+CREATE FUNCTION farebox.claim_events(_limit integer, _pause interval) RETURNS SETOF farebox.stripe_events
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH due AS (
+        SELECT e.id
+          FROM farebox.stripe_events e
+         WHERE e.processed_at IS NULL
+           AND e.tried_at <= clock_timestamp() - least(farebox.event_pause(e.attempts), _pause)
+         ORDER BY e.tried_at
+         LIMIT _limit
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE farebox.stripe_events AS e
+       SET attempts = e.attempts + 1, tried_at = clock_timestamp()
+      FROM due
+     WHERE e.id = due.id
+    RETURNING e.*
+$$;
+
 CREATE FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1473,6 +1508,12 @@ CREATE FUNCTION farebox.ended_so(_hold farebox.holds) RETURNS boolean
     END
 $$;
 
+CREATE FUNCTION farebox.event_pause(_attempts integer) RETURNS interval
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT least(interval '1 hour', interval '15 seconds' * (2 ^ least(_attempts, 10)))
+$$;
+
 CREATE FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) RETURNS TABLE(hold_id uuid, account_id uuid, charge bigint)
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1698,6 +1739,16 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.fail_event(_id text, _error text) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.stripe_events AS e SET error = _error WHERE e.id = _id AND e.processed_at IS NULL;
+    RETURN FOUND;
+END
+$$;
+
 CREATE FUNCTION farebox.find_key(_key_id text) RETURNS TABLE(id text, account_id uuid, name text, secret_hmac bytea, pepper_version integer, scopes text[], models text[], profile text, affordable_cap boolean, spend_limit bigint, spent bigint, version integer, created_at timestamp with time zone, expires_at timestamp with time zone, revoked_at timestamp with time zone, rotated_from text)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1707,6 +1758,39 @@ CREATE FUNCTION farebox.find_key(_key_id text) RETURNS TABLE(id text, account_id
       FROM farebox.api_keys k
       LEFT JOIN farebox.spend_limits s USING (family)
      WHERE k.id = _key_id
+$$;
+
+CREATE FUNCTION farebox.finish_event(_id text, _outcome text) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.stripe_events AS e
+       SET processed_at = clock_timestamp(), outcome = _outcome, error = NULL
+     WHERE e.id = _id AND e.processed_at IS NULL;
+    RETURN FOUND;
+END
+$$;
+
+CREATE FUNCTION farebox.forget_events(_limit integer, _keep interval) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    forgotten integer;
+BEGIN
+    DELETE FROM farebox.stripe_events AS e
+     WHERE e.id IN (
+         SELECT o.id
+           FROM farebox.stripe_events o
+          WHERE o.received_at < clock_timestamp() - _keep AND o.processed_at IS NOT NULL
+          ORDER BY o.received_at
+          LIMIT _limit
+            FOR UPDATE SKIP LOCKED
+     );
+    GET DIAGNOSTICS forgotten = ROW_COUNT;
+    RETURN forgotten;
+END
 $$;
 
 CREATE FUNCTION farebox.forget_keys(_limit integer, _keep interval) RETURNS integer
@@ -2831,6 +2915,37 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.take_event(_id text, _type text, _livemode boolean, _object_id text, _created timestamp with time zone, _outcome text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    known farebox.stripe_events;
+    at timestamptz := clock_timestamp();
+BEGIN
+    INSERT INTO farebox.stripe_events (
+        id, type, livemode, object_id, created, received_at, attempts, tried_at, processed_at, outcome
+    ) VALUES (
+        _id, _type, _livemode, _object_id, _created, at, 1, at, CASE WHEN _outcome IS NOT NULL THEN at END, _outcome
+    ) ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        RETURN CASE WHEN _outcome IS NULL THEN 'taken' ELSE 'processed' END;
+    END IF;
+    SELECT e.* INTO known FROM farebox.stripe_events e WHERE e.id = _id FOR NO KEY UPDATE;
+    IF (known.type, known.livemode, known.object_id) IS DISTINCT FROM (_type, _livemode, _object_id) THEN
+        RETURN 'conflict';
+    END IF;
+    IF known.processed_at IS NOT NULL THEN
+        RETURN 'processed';
+    END IF;
+    UPDATE farebox.stripe_events AS e
+       SET attempts = e.attempts + 1, tried_at = at, error = CASE WHEN _outcome IS NULL THEN e.error END,
+           processed_at = CASE WHEN _outcome IS NOT NULL THEN at END, outcome = _outcome
+     WHERE e.id = _id;
+    RETURN CASE WHEN _outcome IS NULL THEN 'taken' ELSE 'processed' END;
+END
+$$;
+
 CREATE FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb DEFAULT '{}'::jsonb) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -3466,20 +3581,6 @@ CREATE TABLE farebox.stripe_customers (
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
-CREATE TABLE farebox.stripe_events (
-    id text NOT NULL,
-    type text NOT NULL,
-    livemode boolean NOT NULL,
-    object_id text NOT NULL,
-    created timestamp with time zone NOT NULL,
-    received_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    attempts integer DEFAULT 0 NOT NULL,
-    tried_at timestamp with time zone,
-    error text,
-    processed_at timestamp with time zone,
-    outcome text
-);
-
 CREATE TABLE farebox.stripe_refunds (
     id text NOT NULL,
     order_id uuid NOT NULL,
@@ -3668,7 +3769,9 @@ CREATE INDEX seals_ended_to ON farebox.seals USING btree (ended_to) WHERE (ended
 
 CREATE INDEX spend_limits_account ON farebox.spend_limits USING btree (account_id);
 
-CREATE INDEX stripe_events_unprocessed ON farebox.stripe_events USING btree (received_at) WHERE (processed_at IS NULL);
+CREATE INDEX stripe_events_received ON farebox.stripe_events USING btree (received_at);
+
+CREATE INDEX stripe_events_unprocessed ON farebox.stripe_events USING btree (tried_at) WHERE (processed_at IS NULL);
 
 CREATE INDEX stripe_refunds_order ON farebox.stripe_refunds USING btree (order_id);
 
@@ -3849,6 +3952,11 @@ REVOKE ALL ON FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _
 
 REVOKE ALL ON FUNCTION farebox.charge_for(_version text, _model text, _variant text, _usage bigint[]) FROM PUBLIC;
 
+GRANT SELECT ON TABLE farebox.stripe_events TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.claim_events(_limit integer, _pause interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_events(_limit integer, _pause interval) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) TO farebox_gateway;
 
@@ -3891,6 +3999,8 @@ GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
 
 REVOKE ALL ON FUNCTION farebox.ended_so(_hold farebox.holds) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.event_pause(_attempts integer) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interval) TO farebox_gateway;
 
@@ -3906,8 +4016,17 @@ GRANT ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id
 REVOKE ALL ON FUNCTION farebox.extend_holds(_hold_ids uuid[], _account_ids uuid[], _worker_ids uuid[], _totals bigint[], _at_leasts bigint[], _wait_ms integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.extend_holds(_hold_ids uuid[], _account_ids uuid[], _worker_ids uuid[], _totals bigint[], _at_leasts bigint[], _wait_ms integer) TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.fail_event(_id text, _error text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.fail_event(_id text, _error text) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.find_key(_key_id text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.find_key(_key_id text) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.finish_event(_id text, _outcome text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.finish_event(_id text, _outcome text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.forget_events(_limit integer, _keep interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.forget_events(_limit integer, _keep interval) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) TO farebox_gateway;
@@ -4048,6 +4167,9 @@ REVOKE ALL ON FUNCTION farebox.system_side(_kind text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.take(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_version bigint, _at_most_lot boolean, _freed bigint, OUT outcome text, OUT transfer_version bigint, OUT taken bigint, OUT lent bigint) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.take_event(_id text, _type text, _livemode boolean, _object_id text, _created timestamp with time zone, _outcome text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.take_event(_id text, _type text, _livemode boolean, _object_id text, _created timestamp with time zone, _outcome text) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.tell_alerts(_low_balance bigint, _rows integer) FROM PUBLIC;
@@ -4115,8 +4237,6 @@ GRANT SELECT ON TABLE farebox.schema_migrations TO farebox_control;
 GRANT SELECT ON TABLE farebox.spend_limits TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.stripe_customers TO farebox_control;
-
-GRANT SELECT ON TABLE farebox.stripe_events TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.stripe_refunds TO farebox_control;
 

@@ -152,13 +152,15 @@ CREATE TABLE farebox.stripe_events (
     object_id text NOT NULL,
     created timestamptz NOT NULL,
     received_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    attempts integer NOT NULL DEFAULT 0,
-    tried_at timestamptz,
+    attempts integer NOT NULL,
+    tried_at timestamptz NOT NULL,
     error text,
     processed_at timestamptz,
-    outcome text
+    outcome text,
+    CONSTRAINT processed_says_how CHECK ((processed_at IS NULL) = (outcome IS NULL))
 );
-CREATE INDEX stripe_events_unprocessed ON farebox.stripe_events (received_at) WHERE processed_at IS NULL;
+CREATE INDEX stripe_events_unprocessed ON farebox.stripe_events (tried_at) WHERE processed_at IS NULL;
+CREATE INDEX stripe_events_received ON farebox.stripe_events (received_at);
 
 -- What Stripe calls refunds. status_rank only rises, so that what was fetched earlier can't undo what was fetched later.
 CREATE TABLE farebox.stripe_refunds (

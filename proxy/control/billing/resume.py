@@ -1,0 +1,84 @@
+"""Comes back for webhooks that were received and not processed: what a crash, an outage or a refusal has left.
+
+Each server runs one. Who takes an event from the list is alone with it for its pause, which grows with each attempt; an
+event is never given up. So the credits come even where Stripe's own deliveries have ended.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import structlog
+
+from proxy.control.billing.events import EventDesk
+from proxy.ledger.stripe_events import EventLedger, Unprocessed
+
+__all__ = ["EventResumer", "resume_events"]
+
+log = structlog.get_logger("farebox.billing")
+
+RESUME_SECONDS = 30.0
+EVENTS_MAX = 20
+"""In one round, one after the other: a backlog must not crowd out the calls of customers who wait."""
+KEEP_SECONDS = 90 * 86_400.0
+"""How long processed events are kept, for looking back. Stripe lists its own for 30 days."""
+FORGET_MAX = 1_000
+
+
+async def resume_events(
+    ledger: EventLedger, desk: EventDesk, *, limit: int = EVENTS_MAX, pause_seconds: float = 3_600.0
+) -> tuple[int, int]:
+    """Process at most ``limit`` events that are due; how many were processed, and how many failed again.
+
+    ``pause_seconds``: how long at most an event is left alone after an attempt. Raises LedgerError.
+    """
+    processed = failed = 0
+    for state in await ledger.claim(limit, pause_seconds=pause_seconds):
+        try:
+            await desk.process(state.event)
+            processed += 1
+        except Exception:  # noqa: BLE001 - the desk has noted why; the others are not to wait for this one
+            failed += 1
+    return processed, failed
+
+
+class EventResumer:
+    """Resumes events in a loop. ``observe`` is told after each round what is left."""
+
+    def __init__(
+        self,
+        ledger: EventLedger,
+        desk: EventDesk,
+        *,
+        observe: Callable[[Unprocessed], None] = lambda left: None,
+        seconds: float = RESUME_SECONDS,
+    ) -> None:
+        self._ledger = ledger
+        self._desk = desk
+        self._observe = observe
+        self._seconds = seconds
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; the first round comes soon."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End. What is being processed is cut off, and left to another attempt."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self) -> None:
+        while True:
+            # Jitter, so that the workers' rounds don't fall together.
+            await asyncio.sleep(self._seconds * random.uniform(0.5, 1.0))  # noqa: S311
+            try:
+                processed, failed = await resume_events(self._ledger, self._desk)
+                if processed or failed:
+                    log.info("webhooks were resumed", processed=processed, failed=failed)
+                await self._ledger.forget(FORGET_MAX, keep_seconds=KEEP_SECONDS)
+                self._observe(await self._ledger.unprocessed())
+            except Exception as error:  # noqa: BLE001 - the next round may fare better; the events can wait for it
+                log.warning("webhooks were not resumed", reason=str(error))
