@@ -112,6 +112,28 @@ CREATE FUNCTION farebox.account_frozen(_account_id uuid) RETURNS boolean
     SELECT coalesce((SELECT a.frozen_at IS NOT NULL FROM farebox.accounts a WHERE a.id = _account_id), false)
 $$;
 
+CREATE FUNCTION farebox.advance_order(_id uuid, _state text, _payment_intent text, _problem text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    known farebox.orders;
+BEGIN
+    IF _state IN ('pending', 'failed', 'expired', 'canceled') IS NOT TRUE THEN
+        RAISE EXCEPTION 'an order does not become %', _state USING ERRCODE = '22023';
+    END IF;
+    SELECT * INTO known FROM farebox.orders o WHERE o.id = _id FOR UPDATE;
+    IF farebox.order_rank(known.state) < farebox.order_rank(_state) THEN
+        UPDATE farebox.orders AS o
+           SET state = _state, problem = _problem, changed_at = clock_timestamp(),
+               payment_intent = coalesce(o.payment_intent, _payment_intent)
+         WHERE o.id = _id;
+        RETURN _state;
+    END IF;
+    RETURN known.state;
+END
+$$;
+
 CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1180,6 +1202,59 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.create_order(_id uuid, _account_id uuid, _kind text, _pack text, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _discount_max bigint, _livemode boolean, _actor text, _request_key text, _request_digest bytea, _save_payment_method boolean, _success_url text, _cancel_url text, _customer text, _payment_method text, _unfinished_max integer, OUT outcome text, OUT order_id uuid) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    known farebox.orders;
+BEGIN
+    SELECT * INTO known FROM farebox.orders o
+     WHERE o.id = _id OR (o.account_id = _account_id AND o.request_key = _request_key);
+    IF known.id IS NULL THEN
+        outcome := CASE
+            WHEN NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = _account_id) THEN 'unknown'
+            WHEN _unfinished_max <= (
+                SELECT count(*) FROM farebox.orders o
+                 WHERE o.account_id = _account_id AND o.state IN ('created', 'open', 'pending')
+            ) THEN 'too_many'
+        END;
+        IF outcome IS NOT NULL THEN
+            RETURN;
+        END IF;
+        INSERT INTO farebox.orders (
+            id, account_id, kind, pack, credits, bonus, credits_seconds, bonus_seconds, currency, price, discount_max,
+            livemode, actor, request_key, request_digest, save_payment_method, success_url, cancel_url, customer,
+            payment_method
+        ) VALUES (
+            _id, _account_id, _kind, _pack, _credits, _bonus, _credits_seconds, _bonus_seconds, _currency, _price,
+            _discount_max, _livemode, _actor, _request_key, _request_digest, _save_payment_method, _success_url,
+            _cancel_url, _customer, _payment_method
+        ) ON CONFLICT DO NOTHING;
+        IF FOUND THEN
+            outcome := 'done';
+            order_id := _id;
+            RETURN;
+        END IF;
+        -- Somebody else's, committed meanwhile: a statement of its own sees it.
+        SELECT * INTO known FROM farebox.orders o
+         WHERE o.id = _id OR (o.account_id = _account_id AND o.request_key = _request_key);
+    END IF;
+    IF known.id IS NULL THEN
+        SELECT o.id INTO order_id FROM farebox.orders o
+         WHERE o.account_id = _account_id AND o.kind = 'auto' AND o.state IN ('created', 'open', 'pending');
+        outcome := 'busy';
+        RETURN;
+    END IF;
+    order_id := known.id;
+    outcome := CASE
+        WHEN (known.account_id, known.kind, known.request_digest)
+             IS NOT DISTINCT FROM (_account_id, _kind, _request_digest) THEN 'known'
+        ELSE 'conflict'
+    END;
+END
+$$;
+
 CREATE FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -2232,6 +2307,30 @@ CREATE FUNCTION farebox.named_rightly(_row farebox.transfers) RETURNS boolean
     END
 $$;
 
+CREATE FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    known farebox.orders;
+BEGIN
+    SELECT * INTO known FROM farebox.orders o WHERE o.id = _id FOR UPDATE;
+    IF known.id IS NULL THEN
+        RETURN 'unknown';
+    END IF;
+    IF known.session_id <> _session_id OR EXISTS (
+        SELECT FROM farebox.orders o WHERE o.session_id = _session_id AND o.id <> _id
+    ) THEN
+        RETURN 'conflict';
+    END IF;
+    UPDATE farebox.orders AS o
+       SET session_id = _session_id, url = coalesce(_url, o.url), changed_at = clock_timestamp(),
+           state = CASE o.state WHEN 'created' THEN 'open' ELSE o.state END
+     WHERE o.id = _id AND (o.session_id IS NULL OR o.state = 'created' OR o.url IS NULL);
+    RETURN 'done';
+END
+$$;
+
 CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
     LANGUAGE sql
     AS $$
@@ -2240,6 +2339,189 @@ CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
            NULL::text, 0::bigint, 0::bigint, 0::bigint
       FROM farebox.accounts a
      WHERE a.id = _account_id
+$$;
+
+CREATE TABLE farebox.orders (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    kind text NOT NULL,
+    state text DEFAULT 'created'::text NOT NULL,
+    pack text,
+    credits bigint NOT NULL,
+    bonus bigint DEFAULT 0 NOT NULL,
+    credits_seconds bigint,
+    bonus_seconds bigint,
+    currency text NOT NULL,
+    price bigint NOT NULL,
+    discount_max bigint DEFAULT 0 NOT NULL,
+    livemode boolean NOT NULL,
+    actor text NOT NULL,
+    request_key text,
+    request_digest bytea,
+    save_payment_method boolean DEFAULT false NOT NULL,
+    success_url text,
+    cancel_url text,
+    customer text,
+    payment_method text,
+    session_id text,
+    payment_intent text,
+    invoice text,
+    url text,
+    problem text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    paid_at timestamp with time zone,
+    received bigint,
+    subtotal bigint,
+    discount bigint,
+    tax bigint,
+    credit_version bigint,
+    bonus_version bigint,
+    taken bigint DEFAULT 0 NOT NULL,
+    bonus_taken bigint DEFAULT 0 NOT NULL,
+    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
+    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
+    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
+    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
+    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
+    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
+    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
+    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
+    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
+    CONSTRAINT orders_price_check CHECK ((price > 0)),
+    CONSTRAINT orders_received_check CHECK ((received >= 0)),
+    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
+    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
+    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
+    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
+    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
+    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
+);
+
+CREATE FUNCTION farebox.order_mismatch(_sold farebox.orders, _account_id uuid, _payment_intent text, _session_id text, _customer text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint) RETURNS text
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT CASE
+        WHEN _sold.id IS NULL THEN 'unknown_order'
+        WHEN _account_id IS DISTINCT FROM _sold.account_id THEN 'other_account'
+        WHEN _livemode IS DISTINCT FROM _sold.livemode THEN 'other_mode'
+        WHEN _sold.kind = 'plan' THEN 'other_kind'
+        WHEN _sold.state = 'paid' THEN 'second_payment'
+        WHEN EXISTS (
+            SELECT FROM farebox.orders o
+             WHERE (o.payment_intent = _payment_intent OR o.session_id = _session_id) AND o.id <> _sold.id
+        ) THEN 'other_order'
+        WHEN _sold.customer <> _customer THEN 'other_customer'
+        WHEN _currency IS DISTINCT FROM _sold.currency THEN 'other_currency'
+        WHEN _subtotal IS DISTINCT FROM _sold.price THEN 'other_amount'
+        WHEN (_discount BETWEEN 0 AND _sold.discount_max) IS NOT TRUE THEN 'discount'
+        WHEN _received IS DISTINCT FROM _total THEN 'short'
+        WHEN (_total BETWEEN _subtotal - _discount AND _subtotal - _discount + _tax) IS NOT TRUE THEN 'other_amount'
+        -- As in credited(): some room below what 64 bits carry.
+        WHEN 1000000000000000000 - _sold.credits - _sold.bonus < (
+            SELECT a.balance FROM farebox.accounts a WHERE a.id = _sold.account_id
+        ) THEN 'above_limit'
+    END
+$$;
+
+CREATE FUNCTION farebox.order_rank(_state text) RETURNS integer
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE _state
+        WHEN 'created' THEN 0 WHEN 'open' THEN 1 WHEN 'pending' THEN 2
+        WHEN 'failed' THEN 3 WHEN 'expired' THEN 3 WHEN 'canceled' THEN 3
+        WHEN 'paid' THEN 4
+    END
+$$;
+
+CREATE TABLE farebox.quarantine (
+    payment text NOT NULL,
+    order_id uuid,
+    account_id uuid,
+    reason text NOT NULL,
+    payment_intent text,
+    session_id text,
+    customer text,
+    payment_method text,
+    currency text,
+    subtotal bigint,
+    discount bigint,
+    tax bigint,
+    received bigint,
+    livemode boolean NOT NULL,
+    seen_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    resolved_at timestamp with time zone,
+    resolved_by text,
+    resolution text,
+    CONSTRAINT quarantine_resolution_check CHECK ((resolution = ANY (ARRAY['credited'::text, 'dismissed'::text])))
+);
+
+CREATE FUNCTION farebox.ordered_anew(_sold farebox.orders, _held farebox.quarantine, _new_id uuid) RETURNS uuid
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    price bigint := CASE
+        WHEN _held.currency = _sold.currency THEN _sold.price ELSE greatest(coalesce(_held.subtotal, _held.received), 1)
+    END;
+BEGIN
+    IF _sold.state <> 'paid' THEN
+        UPDATE farebox.orders AS o SET currency = _held.currency, price = ordered_anew.price WHERE o.id = _sold.id;
+        RETURN _sold.id;
+    END IF;
+    INSERT INTO farebox.orders (
+        id, account_id, kind, pack, credits, bonus, credits_seconds, bonus_seconds, currency, price, discount_max,
+        livemode, actor, customer
+    ) VALUES (
+        _new_id, _sold.account_id, 'checkout', _sold.pack, _sold.credits, _sold.bonus, _sold.credits_seconds,
+        _sold.bonus_seconds, _held.currency, price, _sold.discount_max, _sold.livemode, _sold.actor, _sold.customer
+    );
+    RETURN _new_id;
+END
+$$;
+
+CREATE FUNCTION farebox.pay_order(_order_id uuid, _account_id uuid, _payment text, _payment_intent text, _session_id text, _customer text, _payment_method text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint, _problem text, OUT outcome text, OUT reason text, OUT fresh boolean) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    sold farebox.orders;
+    held farebox.quarantine;
+BEGIN
+    fresh := false;
+    PERFORM farebox.lock_reference('promo', _payment);
+    PERFORM farebox.lock_reference('purchase', _payment);
+    PERFORM farebox.lock_accounts(ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.id = _order_id), NULL);
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id FOR UPDATE;
+    IF sold.state = 'paid' AND coalesce(sold.payment_intent, sold.session_id) = _payment THEN
+        outcome := 'known';
+        RETURN;
+    END IF;
+    SELECT * INTO held FROM farebox.quarantine q WHERE q.payment = _payment;
+    reason := CASE WHEN held.payment IS NOT NULL THEN held.reason ELSE coalesce(_problem, farebox.order_mismatch(
+        sold, _account_id, _payment_intent, _session_id, _customer, _livemode, _currency, _subtotal, _discount, _tax,
+        _total, _received
+    )) END;
+    IF reason IS NULL THEN
+        PERFORM farebox.settle_order(
+            _order_id, 'purchase', _payment, _payment_intent, _session_id, _customer, _payment_method, _subtotal,
+            _discount, _tax, _received, NULL
+        );
+        outcome := 'paid';
+        fresh := true;
+        RETURN;
+    END IF;
+    outcome := coalesce(held.resolution, 'quarantined');
+    IF held.payment IS NULL THEN
+        INSERT INTO farebox.quarantine (
+            payment, order_id, account_id, reason, payment_intent, session_id, customer, payment_method, currency,
+            subtotal, discount, tax, received, livemode
+        ) VALUES (
+            _payment, _order_id, coalesce(sold.account_id, _account_id), reason, _payment_intent, _session_id,
+            _customer, _payment_method, _currency, _subtotal, _discount, _tax, _received, _livemode
+        );
+        fresh := true;
+    END IF;
+END
 $$;
 
 CREATE FUNCTION farebox.postgres_started() RETURNS timestamp with time zone
@@ -2286,6 +2568,23 @@ CREATE FUNCTION farebox.promo_wait(_account_id uuid) RETURNS timestamp with time
     SELECT r.since + interval '1 hour'
       FROM farebox.promo_refusals r
      WHERE r.account_id = _account_id AND r.refusals >= 10 AND r.since + interval '1 hour' > clock_timestamp()
+$$;
+
+CREATE FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    known text;
+BEGIN
+    INSERT INTO farebox.stripe_customers (account_id, livemode, customer)
+    VALUES (_account_id, _livemode, _customer)
+    ON CONFLICT DO NOTHING;
+    SELECT c.customer INTO known
+      FROM farebox.stripe_customers c
+     WHERE c.account_id = _account_id AND c.livemode = _livemode;
+    RETURN known;
+END
 $$;
 
 CREATE FUNCTION farebox.put_price_version(_version text, _body text) RETURNS boolean
@@ -2453,6 +2752,59 @@ BEGIN
        SET reserved = l.reserved + part
      WHERE l.account_id = _account_id AND l.version = _lot_version AND part > 0;
     RETURN coalesce(part, 0);
+END
+$$;
+
+CREATE FUNCTION farebox.resolve_quarantine(_payment text, _resolution text, _actor text, _new_id uuid, OUT outcome text, OUT order_id uuid) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    held farebox.quarantine;
+    sold farebox.orders;
+BEGIN
+    PERFORM farebox.lock_reference('promo', _payment);
+    PERFORM farebox.lock_reference('purchase', _payment);
+    PERFORM farebox.lock_accounts(ARRAY(
+        SELECT o.account_id FROM farebox.quarantine q JOIN farebox.orders o ON o.id = q.order_id
+         WHERE q.payment = _payment
+    ), NULL);
+    SELECT * INTO held FROM farebox.quarantine q WHERE q.payment = _payment;
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = held.order_id FOR UPDATE;
+    outcome := CASE
+        WHEN held.payment IS NULL THEN 'unknown'
+        WHEN held.resolution = _resolution THEN 'done'
+        WHEN held.resolution IS NOT NULL THEN 'conflict'
+        WHEN _resolution = 'dismissed' THEN NULL
+        WHEN sold.id IS NULL THEN 'no_order'
+        WHEN held.livemode <> sold.livemode THEN 'other_mode'
+        WHEN EXISTS (
+            SELECT FROM farebox.transfers t WHERE t.kind IN ('purchase', 'plan') AND t.reference = _payment
+        ) OR EXISTS (
+            SELECT FROM farebox.orders o
+             WHERE (o.payment_intent = held.payment_intent OR o.session_id = held.session_id) AND o.state = 'paid'
+        ) THEN 'elsewhere'
+        WHEN 1000000000000000000 - sold.credits - sold.bonus < (
+            SELECT a.balance FROM farebox.accounts a WHERE a.id = sold.account_id
+        ) THEN 'above_limit'
+    END;
+    order_id := coalesce((
+        SELECT o.id FROM farebox.orders o WHERE coalesce(o.payment_intent, o.session_id) = _payment AND o.state = 'paid'
+    ), held.order_id);
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    IF _resolution = 'credited' THEN
+        order_id := farebox.ordered_anew(sold, held, _new_id);
+        PERFORM farebox.settle_order(
+            order_id, 'purchase', _payment, held.payment_intent, held.session_id, held.customer, held.payment_method,
+            held.subtotal, held.discount, held.tax, held.received, NULL
+        );
+    END IF;
+    UPDATE farebox.quarantine AS q
+       SET resolved_at = clock_timestamp(), resolved_by = _actor, resolution = _resolution
+     WHERE q.payment = _payment;
+    outcome := 'done';
 END
 $$;
 
@@ -2726,6 +3078,56 @@ BEGIN
      WHERE h.account_id = key.account_id
        AND h.key_id IN (SELECT k.id FROM farebox.api_keys k WHERE k.family = key.family)
     ON CONFLICT (family) DO UPDATE SET spend_limit = _spend_limit;
+END
+$$;
+
+CREATE FUNCTION farebox.settle_order(_order_id uuid, _kind text, _payment text, _payment_intent text, _session_id text, _customer text, _payment_method text, _subtotal bigint, _discount bigint, _tax bigint, _received bigint, _expires_at timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    sold farebox.orders;
+    outcomes text[];
+    credited_at bigint;
+    bonus_at bigint;
+    at timestamptz := clock_timestamp();
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
+    SELECT ARRAY[c.outcome], c.transfer_version INTO outcomes, credited_at
+      FROM farebox.credited(
+          sold.account_id, _kind, sold.credits, _payment, sold.actor, 'order ' || sold.id, 'paid',
+          coalesce(_expires_at, at + make_interval(secs => sold.credits_seconds)), NULL, sold.id
+      ) AS c;
+    IF sold.bonus > 0 THEN
+        SELECT outcomes || c.outcome, c.transfer_version INTO outcomes, bonus_at
+          FROM farebox.credited(
+              sold.account_id, 'promo', sold.bonus, _payment, sold.actor, 'order ' || sold.id, 'promo',
+              at + make_interval(secs => coalesce(sold.bonus_seconds, sold.credits_seconds)), NULL, sold.id
+          ) AS c;
+    END IF;
+    IF outcomes <@ ARRAY['done'] IS NOT TRUE THEN
+        RAISE EXCEPTION 'order % could not be credited for %: %', _order_id, _payment, outcomes;
+    END IF;
+    UPDATE farebox.orders AS o
+       SET state = 'paid', paid_at = at, changed_at = at, received = _received, subtotal = _subtotal,
+           discount = _discount, tax = _tax, problem = NULL,
+           payment_intent = coalesce(_payment_intent, o.payment_intent),
+           session_id = coalesce(_session_id, o.session_id), customer = coalesce(o.customer, _customer),
+           payment_method = coalesce(_payment_method, o.payment_method),
+           credit_version = credited_at, bonus_version = bonus_at
+     WHERE o.id = _order_id;
+    IF sold.save_payment_method AND _payment_method IS NOT NULL THEN
+        UPDATE farebox.stripe_customers AS c
+           SET payment_method = _payment_method
+         WHERE c.account_id = sold.account_id AND c.livemode = sold.livemode AND c.customer = _customer;
+    END IF;
+    PERFORM farebox.tell('account.topped_up', sold.account_id, _payment, jsonb_build_object(
+        'order', sold.id, 'kind', sold.kind, 'pack', sold.pack, 'credits', farebox.credits_text(sold.credits),
+        'bonus', farebox.credits_text(sold.bonus), 'currency', sold.currency, 'received', _received
+    ));
+    -- A payment that went through shows that the next may.
+    UPDATE farebox.auto_topups AS t
+       SET failures = 0, blocked_until = NULL, problem = NULL, changed_at = at
+     WHERE t.account_id = sold.account_id AND (t.failures > 0 OR t.blocked_until IS NOT NULL);
 END
 $$;
 
@@ -3407,63 +3809,6 @@ CREATE TABLE farebox.lots (
 )
 WITH (fillfactor='70');
 
-CREATE TABLE farebox.orders (
-    id uuid NOT NULL,
-    account_id uuid NOT NULL,
-    kind text NOT NULL,
-    state text DEFAULT 'created'::text NOT NULL,
-    pack text,
-    credits bigint NOT NULL,
-    bonus bigint DEFAULT 0 NOT NULL,
-    credits_seconds bigint,
-    bonus_seconds bigint,
-    currency text NOT NULL,
-    price bigint NOT NULL,
-    discount_max bigint DEFAULT 0 NOT NULL,
-    livemode boolean NOT NULL,
-    actor text NOT NULL,
-    request_key text,
-    request_digest bytea,
-    save_payment_method boolean DEFAULT false NOT NULL,
-    success_url text,
-    cancel_url text,
-    customer text,
-    payment_method text,
-    session_id text,
-    payment_intent text,
-    invoice text,
-    url text,
-    problem text,
-    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    paid_at timestamp with time zone,
-    received bigint,
-    subtotal bigint,
-    discount bigint,
-    tax bigint,
-    credit_version bigint,
-    bonus_version bigint,
-    taken bigint DEFAULT 0 NOT NULL,
-    bonus_taken bigint DEFAULT 0 NOT NULL,
-    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
-    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
-    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
-    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
-    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
-    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
-    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
-    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
-    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
-    CONSTRAINT orders_price_check CHECK ((price > 0)),
-    CONSTRAINT orders_received_check CHECK ((received >= 0)),
-    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
-    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
-    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
-    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
-    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
-    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
-);
-
 CREATE TABLE farebox.price_versions (
     version text NOT NULL,
     body text NOT NULL,
@@ -3510,21 +3855,6 @@ CREATE TABLE farebox.promo_refusals (
     account_id uuid NOT NULL,
     since timestamp with time zone NOT NULL,
     refusals integer NOT NULL
-);
-
-CREATE TABLE farebox.quarantine (
-    payment text NOT NULL,
-    order_id uuid,
-    account_id uuid,
-    reason text NOT NULL,
-    currency text,
-    received bigint,
-    livemode boolean NOT NULL,
-    seen_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    resolved_at timestamp with time zone,
-    resolved_by text,
-    resolution text,
-    CONSTRAINT quarantine_resolution_check CHECK ((resolution = ANY (ARRAY['credited'::text, 'dismissed'::text])))
 );
 
 CREATE TABLE farebox.refund_requests (
@@ -3905,6 +4235,9 @@ REVOKE ALL ON FUNCTION farebox.a_stray_transfer() FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.account_frozen(_account_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.account_frozen(_account_id uuid) TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.advance_order(_id uuid, _state text, _payment_intent text, _problem text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.advance_order(_id uuid, _state text, _payment_intent text, _problem text) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.audit() FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.audit() TO farebox_control;
 
@@ -3976,6 +4309,9 @@ GRANT ALL ON FUNCTION farebox.create_account(_id uuid, _name text, _external_id 
 
 REVOKE ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.create_key(_id text, _account_id uuid, _name text, _secret_hmac bytea, _pepper_version integer, _scopes text[], _models text[], _profile text, _affordable_cap boolean, _spend_limit bigint, _expires_at timestamp with time zone) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.create_order(_id uuid, _account_id uuid, _kind text, _pack text, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _discount_max bigint, _livemode boolean, _actor text, _request_key text, _request_digest bytea, _save_payment_method boolean, _success_url text, _cancel_url text, _customer text, _payment_method text, _unfinished_max integer, OUT outcome text, OUT order_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.create_order(_id uuid, _account_id uuid, _kind text, _pack text, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _discount_max bigint, _livemode boolean, _actor text, _request_key text, _request_digest bytea, _save_payment_method boolean, _success_url text, _cancel_url text, _customer text, _payment_method text, _unfinished_max integer, OUT outcome text, OUT order_id uuid) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) TO farebox_control;
@@ -4093,7 +4429,24 @@ REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due
 
 REVOKE ALL ON FUNCTION farebox.named_rightly(_row farebox.transfers) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.open_purse(_account_id uuid) FROM PUBLIC;
+
+GRANT SELECT ON TABLE farebox.orders TO farebox_control;
+GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.order_mismatch(_sold farebox.orders, _account_id uuid, _payment_intent text, _session_id text, _customer text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.order_rank(_state text) FROM PUBLIC;
+
+GRANT SELECT ON TABLE farebox.quarantine TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.ordered_anew(_sold farebox.orders, _held farebox.quarantine, _new_id uuid) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.pay_order(_order_id uuid, _account_id uuid, _payment text, _payment_intent text, _session_id text, _customer text, _payment_method text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint, _problem text, OUT outcome text, OUT reason text, OUT fresh boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.pay_order(_order_id uuid, _account_id uuid, _payment text, _payment_intent text, _session_id text, _customer text, _payment_method text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint, _problem text, OUT outcome text, OUT reason text, OUT fresh boolean) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.postgres_started() FROM PUBLIC;
 
@@ -4104,6 +4457,9 @@ REVOKE ALL ON FUNCTION farebox.priced_so(_hold farebox.holds, _rates bigint[], _
 REVOKE ALL ON FUNCTION farebox.priority_of(_lot_kind text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.promo_wait(_account_id uuid) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;
@@ -4123,6 +4479,9 @@ REVOKE ALL ON FUNCTION farebox.resend_messages(_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.resend_messages(_id uuid) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.reserve_lot(_account_id uuid, _lot_version bigint, _amount bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.resolve_quarantine(_payment text, _resolution text, _actor text, _new_id uuid, OUT outcome text, OUT order_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.resolve_quarantine(_payment text, _resolution text, _actor text, _new_id uuid, OUT outcome text, OUT order_id uuid) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.reverse(_hold_id uuid, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
@@ -4149,6 +4508,8 @@ REVOKE ALL ON FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bi
 GRANT ALL ON FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.settle_order(_order_id uuid, _kind text, _payment text, _payment_intent text, _session_id text, _customer text, _payment_method text, _subtotal bigint, _discount bigint, _tax bigint, _received bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) FROM PUBLIC;
 
@@ -4216,9 +4577,6 @@ GRANT SELECT ON TABLE farebox.lot_marks TO farebox_control;
 GRANT SELECT ON TABLE farebox.lots TO farebox_control;
 GRANT SELECT ON TABLE farebox.lots TO farebox_reader;
 
-GRANT SELECT ON TABLE farebox.orders TO farebox_control;
-GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
-
 GRANT SELECT ON TABLE farebox.price_versions TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.prices TO farebox_control;
@@ -4227,8 +4585,6 @@ GRANT SELECT ON TABLE farebox.prices TO farebox_reader;
 GRANT SELECT ON TABLE farebox.promo_codes TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.promo_redemptions TO farebox_control;
-
-GRANT SELECT ON TABLE farebox.quarantine TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.refund_requests TO farebox_control;
 
