@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from proxy.cli import accounts, book, credits, journal, keys, pricing, promos
+from proxy.cli import accounts, book, credits, journal, keys, pricing, promos, stripe
 from proxy.cli.audit import audit
 from proxy.cli.backup import backup, restore
 from proxy.cli.demo import demo
@@ -32,6 +32,7 @@ app.add_typer(promos.app, name="promo")
 app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")
+app.add_typer(stripe.app, name="stripe")
 app.command()(audit)
 app.command()(backup)
 app.command()(restore)

@@ -14,6 +14,7 @@ from proxy.core.pricing import TOKENS_PER_RATE
 from proxy.core.usage import TOKEN_CLASSES, Usage
 from proxy.ledger.reader import DayUsage
 from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
+from proxy.ledger.stripe_events import EventState
 
 __all__ = [
     "View",
@@ -25,6 +26,7 @@ __all__ = [
     "list_view",
     "page",
     "receipt_view",
+    "stripe_event_view",
     "time_text",
     "tokens_view",
     "transaction_id",
@@ -182,6 +184,25 @@ def usage_view(rows: Sequence[DayUsage], first: date, last: date) -> View:
         "to": last.isoformat(),
         "requests": sum(row.requests for row in rows),
         "charged": format_credits(sum(row.charge for row in rows)),
+    }
+
+
+def stripe_event_view(state: EventState) -> View:
+    """A webhook and what became of it. ``outcome`` null: it is still to be processed, and ``error`` says what went
+    wrong when it was last tried; ``about``: the id of the object that it names."""
+    return {
+        "object": "stripe_event",
+        "id": state.event.id,
+        "type": state.event.type,
+        "livemode": state.event.livemode,
+        "about": state.event.object_id or None,
+        "created_at": time_text(state.event.created),
+        "received_at": time_text(state.received_at),
+        "attempts": state.attempts,
+        "tried_at": time_text(state.tried_at),
+        "error": state.error,
+        "processed_at": time_text(state.processed_at),
+        "outcome": state.outcome,
     }
 
 
