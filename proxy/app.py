@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Router
 
 from proxy.control.account import account_routes
 from proxy.control.admin import AdminToken, admin_routes
+from proxy.control.billing.messages import HttpPost, MessageSender
 from proxy.control.billing.promo_codes import Promos, promo_routes
 from proxy.control.health import CatalogStatus, Health, Problem, health_routes
 from proxy.control.operations import Operations
@@ -44,6 +45,7 @@ from proxy.gateway.steps import Stepper, StepSettings
 from proxy.gateway.tokens import TokenCounter
 from proxy.gateway.upstream import HttpClient
 from proxy.gateway.upstream_keys import UpstreamKeys
+from proxy.ledger.alerts import Alerts
 from proxy.ledger.audit import BookState, Check
 from proxy.ledger.batch import BatchedLedger, BatchLimits
 from proxy.ledger.bookkeeper import Bookkeeper
@@ -56,6 +58,7 @@ from proxy.ledger.journaling import Journaling, JournalTerms
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
 from proxy.ledger.migrate import schema_state
+from proxy.ledger.outbox import Outbox
 from proxy.ledger.promos import PromoLedger
 from proxy.ledger.reader import AccountReader
 from proxy.ledger.records import ApiKey
@@ -94,6 +97,8 @@ class Timing:
     sweep_seconds: float = 10.0
     settled_seconds: float = 15.0
     takeover_seconds: float = 5.0
+    alerts_seconds: float = 30.0
+    messages_seconds: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +262,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         control = await create_pool(control_dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
         _keep_the_book(control_dsn, metrics, stack)
+        _tell(settings, control_dsn, control, metrics, timing, stack)
         reader = await create_pool(settings.database_url_of("reader") or dsn, Role.READER, size=READER_CONNECTIONS)
         stack.push_async_callback(reader.close)
         authenticator = Authenticator(holds.find_key, peppers)
@@ -365,6 +371,21 @@ def _keep_the_book(dsn: str, metrics: Metrics, stack: AsyncExitStack) -> None:
     bookkeeper = Bookkeeper(dsn, observe=observe)
     bookkeeper.start()
     stack.push_async_callback(bookkeeper.stop)
+
+
+def _tell(settings: Settings, dsn: str, control: Pool, metrics: Metrics, timing: Timing, stack: AsyncExitStack) -> None:
+    """Messages to the operator's endpoint; where there is none, what was written for it is only tidied up."""
+    post = None
+    if settings.webhook_url is not None:
+        post = HttpPost(settings.webhook_url)
+        stack.push_async_callback(post.close)
+        alerts = Alerts(dsn, low_balance=settings.low_balance, look_seconds=timing.alerts_seconds)
+        alerts.start()
+        stack.push_async_callback(alerts.stop)
+    keys = settings.signing_keys()
+    sender = MessageSender(Outbox(control), post, keys, observe=metrics, poll_seconds=timing.messages_seconds)
+    sender.start()
+    stack.push_async_callback(sender.stop)
 
 
 def _relaying(

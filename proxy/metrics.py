@@ -50,6 +50,9 @@ DEPARTURES = ("read_on", "unsent", "refused", "on_disconnect", "drain_seconds", 
 STRIPE_EVENT_OUTCOMES = ("applied", "known", "ignored", "not_ours", "refused", "failed")
 """What became of webhooks: the values of the label ``outcome``."""
 
+MESSAGE_OUTCOMES = ("delivered", "failed", "given_up")
+"""What became of an attempt to send a message to the operator's endpoint."""
+
 _EXTENSION_OUTCOMES = ("extended", "insufficient", "spend_limit", "credits_held", "failed", "other")
 _SOURCES = ("reported", "partly_counted", "counted")
 _FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -70,6 +73,7 @@ class Metrics:
         self._make_journal()
         self._make_catalog()
         self._make_billing()
+        self._make_messages()
 
     # Requests
 
@@ -231,6 +235,18 @@ class Metrics:
         self._journal_waiting.set_function(waiting)
         self._journal_admitting.set_function(admitting)
 
+    # Messages out
+
+    def message(self, outcome: str) -> None:
+        """An attempt to send a message has ended: one of MESSAGE_OUTCOMES."""
+        self._messages[outcome].inc()
+
+    def messages_waiting(self, *, waiting: int, given_up: int, oldest_seconds: float) -> None:
+        """How many messages wait, how many were given up, and for how long the oldest that waits has done so."""
+        self._messages_waiting.set(waiting)
+        self._messages_given_up.set(given_up)
+        self._messages_oldest.set(oldest_seconds)
+
     # Catalog
 
     def catalog_loaded(self, version: str, routes: int) -> None:
@@ -331,6 +347,13 @@ class Metrics:
             "journal_replayed_total", "Rows carried out for processes that are gone."
         )
         self._journal_damaged = self._counter("journal_damaged_total", "Journals found damaged in their middle.")
+
+    def _make_messages(self) -> None:
+        total = self._counter("messages_total", "Attempts to send a message to the operator's endpoint.", ("outcome",))
+        self._messages = {outcome: total.labels(outcome) for outcome in MESSAGE_OUTCOMES}
+        self._messages_waiting = self._gauge("messages_waiting", "Messages that have not arrived yet.")
+        self._messages_given_up = self._gauge("messages_given_up", "Messages that will not be tried again.")
+        self._messages_oldest = self._gauge("messages_oldest_seconds", "The age of the oldest message that waits.")
 
     def _make_catalog(self) -> None:
         self._catalog_lock = threading.Lock()

@@ -25,11 +25,14 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from proxy.core.keys import Peppers
+from proxy.core.money import parse_credits
+from proxy.core.webhook_signing import signing_key
 
 __all__ = ["Settings", "SettingsError", "environment", "load"]
 
 PREFIX = "FAREBOX_"
 ADMIN_TOKEN_CHARS_MIN = 32
+SECRETS = {"key_pepper", "admin_token", "webhook_url", "webhook_secret"}
 ROLE_URLS = ("gateway_database_url", "control_database_url", "reader_database_url")
 
 
@@ -44,6 +47,11 @@ def _words(value: object) -> object:
     if value.lstrip().startswith("["):
         return tuple(json.loads(value))
     return tuple(word for word in (part.strip() for part in value.split(",")) if word)
+
+
+def _credits(value: object) -> object:
+    """``"12.5"`` -> 12_500_000."""
+    return parse_credits(value) if isinstance(value, str) else value
 
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
@@ -108,6 +116,14 @@ class Settings(BaseSettings):
 
     # The admin API: off unless its token is set.
     admin_token: SecretStr | None = None
+
+    # Messages out: off unless there is somewhere to send them.
+    webhook_url: str | None = None
+    """The operator's own endpoint, which is told what happens to accounts."""
+    webhook_secret: SecretStr | None = None
+    """What messages are signed with: ``whsec_`` and the base64 of 24 to 64 bytes; several with commas between them."""
+    low_balance: Annotated[int | None, BeforeValidator(_credits)] = None
+    """Credits (microcredits in here), below which an account's balance is told of."""
 
     # Limits on a request.
     body_bytes_max: int = Field(10 * 1024 * 1024, ge=1024)
@@ -176,6 +192,26 @@ class Settings(BaseSettings):
             raise ValueError(f"is too short: at least {ADMIN_TOKEN_CHARS_MIN} characters")
         return value
 
+    @field_validator("webhook_url")
+    @classmethod
+    def _webhook_url_can_be_posted_to(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check_web_url(value)
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _webhook_secret_can_sign(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _signing_keys(value):
+            raise ValueError("is empty")
+        return value
+
+    @model_validator(mode="after")
+    def _messages_are_signed(self) -> Self:
+        if self.webhook_url is not None and self.webhook_secret is None:
+            raise ValueError(f"{PREFIX}WEBHOOK_SECRET is needed beside {PREFIX}WEBHOOK_URL: messages are signed")
+        return self
+
     @model_validator(mode="after")
     def _role_urls_stand_beside_the_database_s(self) -> Self:
         given = [name for name in ROLE_URLS if getattr(self, name) is not None]
@@ -194,6 +230,10 @@ class Settings(BaseSettings):
             return None
         return self.journal_dir or self.state_dir / "journal"
 
+    def signing_keys(self) -> tuple[bytes, ...]:
+        """What messages out are signed with; none where no secret is set."""
+        return () if self.webhook_secret is None else _signing_keys(self.webhook_secret)
+
     def peppers(self) -> Peppers | None:
         """The peppers that keys are hashed under; None where none is set."""
         return None if self.key_pepper is None else Peppers.parse(self.key_pepper.get_secret_value())
@@ -209,6 +249,25 @@ def _check_database_url(url: str) -> None:
         readable = False
     if not readable:
         raise ValueError("is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE") from None
+
+
+def _check_web_url(url: str) -> None:
+    """Raises ValueError, without the URL in it: it may hold a token."""
+    try:
+        parts = urlsplit(url)
+        readable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        readable = False
+    if not readable or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("is not of the form https://HOST/PATH") from None
+    if "@" in parts.netloc:
+        raise ValueError("must not have a name or a password in it: messages are signed")
+
+
+def _signing_keys(secret: SecretStr) -> tuple[bytes, ...]:
+    """Raises ValueError, without the secret in it."""
+    parts = (part.strip() for part in secret.get_secret_value().split(","))
+    return tuple(signing_key(part) for part in parts if part)
 
 
 def environment() -> Mapping[str, str]:
@@ -236,5 +295,5 @@ def _line(item: Any) -> str:
     name = PREFIX + field.upper() if field in Settings.model_fields else field
     problem = item["msg"].removeprefix("Value error, ")
     # What is wrong with several at once has all of them for its input.
-    secret = not item["loc"] or field in {"key_pepper", "admin_token"} or "DATABASE_URL" in name
+    secret = not item["loc"] or field in SECRETS or "DATABASE_URL" in name
     return f"{name}: {problem}" + ("" if secret or "input" not in item else f" (got {str(item['input'])[:80]!r})")

@@ -77,19 +77,53 @@ def test_every_wrong_value_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(str(caught.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize(("name", "value"), [("KEY_PEPPER", "short-secret"), ("ADMIN_TOKEN", "short-secret")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KEY_PEPPER", "short-secret"),
+        ("ADMIN_TOKEN", "short-secret"),
+        ("WEBHOOK_SECRET", "whsec_short-secret"),
+        ("WEBHOOK_SECRET", "short-secret"),
+        ("WEBHOOK_SECRET", ", ,"),
+        ("WEBHOOK_URL", "https://ann:short-secret@example.org/"),
+        ("WEBHOOK_URL", "ftp://example.org/short-secret"),
+        ("WEBHOOK_URL", "https:///short-secret"),
+        ("WEBHOOK_URL", "https://example.org/short secret"),
+        ("WEBHOOK_URL", "https://example.org:99999/short-secret"),
+    ],
+)
 def test_a_secret_is_never_repeated(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"FAREBOX_{name}", value)
     with pytest.raises(SettingsError) as caught:
         load()
     assert f"FAREBOX_{name}" in str(caught.value)
     assert value not in str(caught.value)
+    assert "short-secret" not in str(caught.value)
 
 
 def test_a_secret_is_not_shown() -> None:
     values: dict[str, Any] = {"key_pepper": "a-pepper-that-is-long", "admin_token": "x" * 40}
     assert "a-pepper-that-is-long" not in repr(load(**values))
     assert "x" * 40 not in repr(load(**values))
+
+
+def test_messages_are_signed_with_each_of_several_secrets_or_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_WEBHOOK_URL", "https://example.org/hooks?token=1")
+    with pytest.raises(SettingsError, match="FAREBOX_WEBHOOK_SECRET is needed") as caught:
+        load()
+    assert "token" not in str(caught.value)
+    monkeypatch.setenv("FAREBOX_WEBHOOK_SECRET", f"whsec_{'A' * 32}, whsec_{'B' * 32}")
+    assert [len(key) for key in load().signing_keys()] == [24, 24]
+    assert "AAAA" not in repr(load())
+
+
+def test_a_low_balance_is_decimal_credits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().low_balance is None
+    monkeypatch.setenv("FAREBOX_LOW_BALANCE", "2.5")
+    assert load().low_balance == 2_500_000
+    monkeypatch.setenv("FAREBOX_LOW_BALANCE", "-1")
+    with pytest.raises(SettingsError, match="FAREBOX_LOW_BALANCE: "):
+        load()
 
 
 @pytest.mark.parametrize("status", ["402", "429"])

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from proxy.cli import accounts, book, credits, journal, keys, pricing, promos, stripe
+from proxy.cli import accounts, book, credits, journal, keys, messages, pricing, promos, stripe
 from proxy.cli.audit import audit
 from proxy.cli.backup import backup, restore
 from proxy.cli.demo import demo
@@ -37,6 +37,7 @@ app.command()(audit)
 app.command()(backup)
 app.command()(restore)
 app.add_typer(journal.app, name="journal")
+app.add_typer(messages.app, name="messages")
 
 
 def main() -> None:

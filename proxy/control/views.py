@@ -12,6 +12,7 @@ from typing import Any
 from proxy.core.money import format_credits
 from proxy.core.pricing import TOKENS_PER_RATE
 from proxy.core.usage import TOKEN_CLASSES, Usage
+from proxy.ledger.outbox import Message
 from proxy.ledger.reader import DayUsage
 from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
 from proxy.ledger.stripe_events import EventState
@@ -24,6 +25,7 @@ __all__ = [
     "freeze_view",
     "key_view",
     "list_view",
+    "message_view",
     "page",
     "receipt_view",
     "stripe_event_view",
@@ -120,6 +122,24 @@ def transfer_view(transfer: Transfer, *, internal: bool) -> View:
 def transaction_id(transfer: Transfer) -> str:
     """``ACCOUNT-VERSION``: unique over all accounts, and in an account's order."""
     return f"{transfer.account_id}-{transfer.version}"
+
+
+def message_view(message: Message) -> View:
+    """A message to the operator's endpoint. ``error``: what the last attempt failed with."""
+    return {
+        "object": "message",
+        "id": message.webhook_id,
+        "type": message.type,
+        "account": str(message.account_id),
+        "state": message.state,
+        "attempts": message.attempts,
+        "error": message.error,
+        "created_at": time_text(message.created_at),
+        "next_at": time_text(message.next_at) if message.state == "waiting" else None,
+        "delivered_at": time_text(message.delivered_at),
+        "given_up_at": time_text(message.given_up_at),
+        "payload": _stored(message.payload),
+    }
 
 
 def list_view(data: Sequence[View], *, has_more: bool) -> View:

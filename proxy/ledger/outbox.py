@@ -23,7 +23,8 @@ MessageState = Literal["waiting", "delivered", "given_up"]
 
 _LIST = """
     SELECT o.* FROM farebox.outbox o
-     WHERE ($1::uuid IS NULL OR o.account_id = $1)
+     WHERE ($1::uuid IS NULL
+            OR (o.created_at, o.id) < (SELECT b.created_at, b.id FROM farebox.outbox b WHERE b.id = $1))
        AND CASE $2::text
                WHEN 'waiting' THEN o.delivered_at IS NULL AND o.given_up_at IS NULL
                WHEN 'delivered' THEN o.delivered_at IS NOT NULL
@@ -55,6 +56,11 @@ class Message:
     error: str | None
     delivered_at: datetime | None
     given_up_at: datetime | None
+
+    @property
+    def webhook_id(self) -> str:
+        """What the receiver knows it by, at every attempt."""
+        return f"msg_{self.id.hex}"
 
     @property
     def state(self) -> MessageState:
@@ -97,25 +103,25 @@ class Outbox:
         )
 
     async def messages(
-        self, *, state: MessageState | None = None, account_id: UUID | None = None, limit: int = 100
+        self, *, state: MessageState | None = None, after: UUID | None = None, limit: int = 100
     ) -> list[Message]:
-        """The newest messages."""
-        return [_message(row) for row in await self._rows(_LIST, account_id, state, limit)]
+        """At most ``limit`` messages, the newest first; ``after``: those older than that one."""
+        return [_message(row) for row in await self._rows(_LIST, after, state, limit)]
 
     async def resend(self, message_id: UUID) -> None:
         """Send it (again), under its old id. Raises Unknown."""
         if not await self._value("SELECT farebox.resend_messages($1)", message_id):
-            raise Unknown(f"no message {message_id}")
+            raise Unknown(f"no message msg_{message_id.hex}")
 
     async def resend_given_up(self) -> int:
         """Send all again that were given up; how many."""
         sent: int = await self._value("SELECT farebox.resend_messages(NULL)")
         return sent
 
-    async def forget(self, *, age_seconds: float, nobody_listens: bool) -> int:
-        """Remove what came to its end so long ago; how many. ``nobody_listens``: what waits as long, too."""
-        age = timedelta(seconds=age_seconds)
-        gone: int = await self._value("SELECT farebox.forget_messages($1, $2)", age, nobody_listens)
+    async def forget(self, *, age_seconds: float, stale_seconds: float) -> int:
+        """Remove what came to its end so long ago; how many. What was due for ``stale_seconds`` untried is given up."""
+        age, stale = timedelta(seconds=age_seconds), timedelta(seconds=stale_seconds)
+        gone: int = await self._value("SELECT farebox.forget_messages($1, $2)", age, stale)
         return gone
 
     async def waiting(self) -> Waiting:

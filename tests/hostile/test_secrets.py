@@ -32,6 +32,7 @@ from tests.postgres import Database
 
 UPSTREAM_KEY = "sk-canary-upstream-5f2d8c1ab94e"
 ADMIN_TOKEN = "canary-admin-token-7c31e05d98aa4b62f1"
+WEBHOOK_SECRET = "whsec_Y2FuYXJ5Y2FuYXJ5Y2FuYXJ5Y2FuYXJ5"
 PROMPT = "canaryprompt"
 ANSWER = "canaryanswer"
 SSE = head(200, {"content-type": "text/event-stream", "transfer-encoding": "chunked"})
@@ -94,6 +95,8 @@ async def canaries(
                 upstreams=upstreams_yaml(upstream.base_url),
                 KEY_PEPPER=PEPPER,
                 ADMIN_TOKEN=ADMIN_TOKEN,
+                WEBHOOK_URL="http://127.0.0.1:1/?token=canaryhooktoken",
+                WEBHOOK_SECRET=WEBHOOK_SECRET,
                 LOG_LEVEL="debug",
                 LOG_FORMAT=log_format,
                 METRICS_PORT=str(metrics_port),
@@ -175,6 +178,7 @@ async def test_no_secret_is_ever_said(database: Database, tmp_path: Path, log_fo
     log = server.log.read_text()
     assert '"request"' in log or "request " in log
     secrets = {"upstream key": UPSTREAM_KEY, "admin token": ADMIN_TOKEN, "pepper": PEPPER, "password": password}
+    secrets |= {"webhook secret": WEBHOOK_SECRET, "its key": "canarycanary", "webhook token": "canaryhooktoken"}
     secrets |= {"client key": customer.key, "end of the client key": customer.key[-20:]}
     places = [*collector.said, ("log", log), ("metrics", metrics)]
     found = [(name, where) for name, secret in secrets.items() for where, text in places if secret in text]
@@ -189,6 +193,8 @@ async def test_no_secret_is_ever_said(database: Database, tmp_path: Path, log_fo
         {"DATABASE_URL": "mysql://u:canary-password@127.0.0.1:1/x"},
         {"KEY_PEPPER": "canary-password", "METRICS_PORT": "no number"},
         {"ADMIN_TOKEN": "canary-password"},
+        {"WEBHOOK_URL": "https://example.org/?canary-password"},
+        {"WEBHOOK_SECRET": "canary-password"},
     ],
     ids=str,
 )

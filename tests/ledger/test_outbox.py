@@ -130,10 +130,21 @@ async def test_what_is_long_over_is_forgotten(bank: Bank, outbox: Outbox) -> Non
     done, dead, waiting = await outbox.claim(3, lease_seconds=0)
     await outbox.delivered(done.id)
     await outbox.failed(dead, "500", again_seconds=None)
-    assert await outbox.forget(age_seconds=3600, nobody_listens=True) == 0
-    assert await outbox.forget(age_seconds=0, nobody_listens=False) == 2
-    assert [message.id for message in await outbox.messages()] == [waiting.id]
-    assert await outbox.forget(age_seconds=0, nobody_listens=True) == 1
+    assert await outbox.forget(age_seconds=3600, stale_seconds=0) == 0
+    assert await outbox.forget(age_seconds=0, stale_seconds=3600) == 2
+    assert [message.id for message in await outbox.messages()] == [waiting.id], "it was tried, and waits"
+
+
+async def test_what_nobody_tried_to_send_is_given_up_and_can_be_sent_later(bank: Bank, outbox: Outbox) -> None:
+    account, _ = await bank.open_account()
+    await tell(bank, account.id)
+    await outbox.forget(age_seconds=3600, stale_seconds=3600)
+    assert [message.state for message in await outbox.messages()] == ["waiting"]
+    await outbox.forget(age_seconds=3600, stale_seconds=0)
+    assert [message.state for message in await outbox.messages()] == ["given_up"]
+    assert await outbox.resend_given_up() == 1
+    await outbox.forget(age_seconds=0, stale_seconds=3600)
+    assert len(await outbox.claim(1, lease_seconds=60)) == 1
 
 
 # Alerts

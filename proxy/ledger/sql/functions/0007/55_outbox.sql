@@ -81,16 +81,21 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT count(*) FROM again
 $$;
 
--- Removes what was delivered or given up longer than _age ago; without anybody to send it to, what is as old. How many.
-CREATE FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) RETURNS bigint
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH gone AS (
-        DELETE FROM farebox.outbox AS o
-         WHERE o.created_at < clock_timestamp() - _age
-           AND (_nobody_listens OR coalesce(o.delivered_at, o.given_up_at) < clock_timestamp() - _age)
-        RETURNING o.id
-    )
-    SELECT count(*) FROM gone
+-- Removes what was delivered or given up longer than _age ago: how many. And gives up what was due for _stale without
+-- anybody trying: nobody listened, and who begins to shall not be told of what is long past.
+CREATE FUNCTION farebox.forget_messages(_age interval, _stale interval) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone bigint;
+BEGIN
+    UPDATE farebox.outbox AS o
+       SET given_up_at = clock_timestamp(), error = 'nobody was there to send it'
+     WHERE o.delivered_at IS NULL AND o.given_up_at IS NULL AND o.attempts = 0
+       AND o.next_at < clock_timestamp() - _stale;
+    DELETE FROM farebox.outbox AS o WHERE coalesce(o.delivered_at, o.given_up_at) < clock_timestamp() - _age;
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    RETURN gone;
+END
 $$;
 
 -- Looks over all accounts for those that have run low or come into debt since they were last told, and for those that
@@ -155,6 +160,6 @@ $$;
 GRANT EXECUTE ON FUNCTION
     farebox.claim_messages(integer, interval), farebox.message_delivered(uuid),
     farebox.message_failed(uuid, integer, text, interval), farebox.resend_messages(uuid),
-    farebox.forget_messages(interval, boolean), farebox.tell_alerts(bigint, integer),
+    farebox.forget_messages(interval, interval), farebox.tell_alerts(bigint, integer),
     farebox.set_low_balance(uuid, bigint)
 TO farebox_control;
