@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from proxy.ledger.connect import Database, translated
+from proxy.ledger.connect import Pool, translated
 from proxy.ledger.errors import Conflict, Unknown
 from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer, check_amount, check_text
 from proxy.ledger.reports import report
@@ -29,14 +29,14 @@ _TRANSFERS = report("transfers")
 
 
 class ControlLedger:
-    """Accounts, keys, grants and reversals. ``database`` acts as ``Role.CONTROL``.
+    """Accounts, keys, grants and reversals. ``pool`` acts as ``Role.CONTROL``.
 
     Raises Unknown and Conflict as each method says, InvalidValue for what can't be stored, and LedgerUnavailable where
     Postgres can't be asked.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     # Accounts
 
@@ -238,7 +238,7 @@ class ControlLedger:
 
     async def _rows(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
         with translated():
-            return await self._database.fetch(query, *arguments)
+            return await self._pool.fetch(query, *arguments)
 
     async def _row(self, query: str, *arguments: Any) -> asyncpg.Record:
         [row] = await self._rows(query, *arguments)

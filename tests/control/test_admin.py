@@ -401,7 +401,7 @@ async def test_405_for_a_method_that_is_not_served(admin: httpx2.AsyncClient) ->
 
 
 async def test_503_where_the_database_is_away(admin: httpx2.AsyncClient, bank: Bank) -> None:
-    await bank.control._database.close()
+    await bank.control._pool.close()
     answer = await admin.get("/admin/v1/accounts")
     assert error_of(answer, 503)["code"] == "ledger_unavailable"
     assert answer.headers["retry-after"] == "1"

@@ -1899,17 +1899,21 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) RETURNS bigint
-    LANGUAGE sql SECURITY DEFINER
+CREATE FUNCTION farebox.forget_messages(_age interval, _stale interval) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-    WITH gone AS (
-        DELETE FROM farebox.outbox AS o
-         WHERE o.created_at < clock_timestamp() - _age
-           AND (_nobody_listens OR coalesce(o.delivered_at, o.given_up_at) < clock_timestamp() - _age)
-        RETURNING o.id
-    )
-    SELECT count(*) FROM gone
+DECLARE
+    gone bigint;
+BEGIN
+    UPDATE farebox.outbox AS o
+       SET given_up_at = clock_timestamp(), error = 'nobody was there to send it'
+     WHERE o.delivered_at IS NULL AND o.given_up_at IS NULL AND o.attempts = 0
+       AND o.next_at < clock_timestamp() - _stale;
+    DELETE FROM farebox.outbox AS o WHERE coalesce(o.delivered_at, o.given_up_at) < clock_timestamp() - _age;
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    RETURN gone;
+END
 $$;
 
 CREATE FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) RETURNS boolean
@@ -4367,8 +4371,8 @@ GRANT ALL ON FUNCTION farebox.forget_events(_limit integer, _keep interval) TO f
 REVOKE ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) TO farebox_gateway;
 
-REVOKE ALL ON FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) FROM PUBLIC;
-GRANT ALL ON FUNCTION farebox.forget_messages(_age interval, _nobody_listens boolean) TO farebox_control;
+REVOKE ALL ON FUNCTION farebox.forget_messages(_age interval, _stale interval) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.forget_messages(_age interval, _stale interval) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) TO farebox_gateway;
