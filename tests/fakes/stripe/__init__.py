@@ -22,18 +22,21 @@ from tests.fakes.stripe.checkout import Checkout
 from tests.fakes.stripe.clock import Clock
 from tests.fakes.stripe.customers import Behaviour, Customers
 from tests.fakes.stripe.delivery import Courier, Delivered, Signed, Turbulence, sign, signed
+from tests.fakes.stripe.disputes import Disputes
 from tests.fakes.stripe.faults import (
     Delay,
     ErrorAfter,
     ErrorBefore,
     Fault,
     Faults,
+    Hold,
     LostReply,
     LostRequest,
     RateLimited,
     Unavailable,
 )
 from tests.fakes.stripe.idempotency import Keys
+from tests.fakes.stripe.invoices import Invoices
 from tests.fakes.stripe.payments import Payments
 from tests.fakes.stripe.refunds import Refunds
 from tests.fakes.stripe.server import Server
@@ -42,7 +45,7 @@ from tests.fakes.stripe.state import State
 from tests.fakes.stripe.webhooks import Webhooks
 
 __all__ = [
-    "Asked", "Behaviour", "Delay", "Delivered", "ErrorAfter", "ErrorBefore", "FakeStripe", "Fault", "LostReply",
+    "Asked", "Behaviour", "Delay", "Delivered", "ErrorAfter", "ErrorBefore", "FakeStripe", "Fault", "Hold", "LostReply",
     "LostRequest", "Object", "RateLimited", "Signed", "Turbulence", "Unavailable", "sign", "signed",
 ]  # fmt: skip
 
@@ -50,7 +53,8 @@ __all__ = [
 class FakeStripe:
     """Use as a context manager. ``url`` is FAREBOX_STRIPE_URL; ``key`` and ``secret`` are what goes with it.
 
-    ``customers``, ``checkout``, ``payments``, ``refunds`` have what people and time do; ``clock`` lets time pass.
+    ``customers``, ``checkout``, ``payments``, ``refunds``, ``disputes``, ``invoices`` have what people, banks and
+    months do; ``clock`` lets time pass.
     """
 
     def __init__(self, *, live: bool = False, secret: str = "whsec_of_the_fake", port: int = 0) -> None:
@@ -63,12 +67,13 @@ class FakeStripe:
         self.keys = Keys(self.clock)
         self.customers = Customers(self.state)
         self.payments = Payments(self.state, self.customers)
-        self.checkout = Checkout(self.state, self.customers, self.payments)
+        self.invoices = Invoices(self.state, self.customers, self.payments)
+        self.checkout = Checkout(self.state, self.customers, self.payments, self.invoices)
         self.refunds = Refunds(self.state, self.payments)
+        self.disputes = Disputes(self.state, self.payments)
         self.webhooks = Webhooks(self.state)
         self.courier = Courier(self.state, self.webhooks)
-        rooms = (self.customers, self.payments, self.checkout, self.refunds, self.webhooks)
-        self.api = Api(self.state, self.faults, self.keys, [one for room in rooms for one in room.endpoints()])
+        self.api = Api(self.state, self.faults, self.keys, [one for room in self._rooms() for one in room.endpoints()])
         self._server = Server(self.api.answer)
 
     def __enter__(self) -> "FakeStripe":
@@ -80,6 +85,17 @@ class FakeStripe:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._server.run(self.courier.close()).result()
         self._server.stop()
+
+    def _rooms(self) -> Sequence[Customers | Payments | Checkout | Refunds | Disputes | Invoices | Webhooks]:
+        return (
+            self.customers,
+            self.payments,
+            self.checkout,
+            self.refunds,
+            self.disputes,
+            self.invoices,
+            self.webhooks,
+        )
 
     @property
     def asked(self) -> list[Asked]:

@@ -18,6 +18,7 @@ from tests.fakes.stripe.faults import (
     ErrorBefore,
     Fault,
     Faults,
+    Hold,
     LostReply,
     LostRequest,
     RateLimited,
@@ -31,6 +32,7 @@ __all__ = ["Api", "Asked", "Call", "Endpoint", "Request", "listed", "matches", "
 
 LIST_MAX = 100
 LIST_DEFAULT = 10
+POLL_SECONDS = 0.005
 
 
 @dataclass
@@ -145,9 +147,9 @@ class Api:
     async def _perform(
         self, endpoint: Endpoint, call: Call, fault: Fault | None, expand: Form, by: tuple[str, str | None]
     ) -> Answer:
-        delay = fault if isinstance(fault, Delay) else Delay(0)
-        if delay.seconds and not delay.after:
-            await asyncio.sleep(delay.seconds)
+        waits = fault if isinstance(fault, Delay | Hold) else None
+        if waits is not None and not waits.after:
+            await _wait(waits)
         if isinstance(fault, ErrorBefore):
             return _broken()
         with self.state.lock:
@@ -156,8 +158,8 @@ class Api:
                 body = self._expanded(endpoint.act(call), [str(one) for one in expand.values()])
             finally:
                 self.state.request_id = self.state.request_key = None
-        if delay.seconds and delay.after:
-            await asyncio.sleep(delay.seconds)
+        if waits is not None and waits.after:
+            await _wait(waits)
         return _broken() if isinstance(fault, ErrorAfter) else Answer(200, body)
 
     def _mode(self, authorization: str) -> bool:
@@ -205,6 +207,15 @@ class Api:
             in_list = value.get("object") == "list" and further.startswith("data.")
             for one in value["data"] if in_list else [value]:
                 self._expand(one, further.removeprefix("data.") if in_list else further, path)
+
+
+async def _wait(fault: Delay | Hold) -> None:
+    if isinstance(fault, Delay):
+        await asyncio.sleep(fault.seconds)
+        return
+    # A thread's event: it is the test's to set, from whatever thread that runs in.
+    while not fault.until.is_set():  # noqa: ASYNC110
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _broken() -> Answer:

@@ -19,6 +19,7 @@ from stripe.params.checkout import (
 from tests.fakes.stripe.api import Call, Endpoint, listed, merged
 from tests.fakes.stripe.customers import Behaviour, Customers
 from tests.fakes.stripe.errors import invalid
+from tests.fakes.stripe.invoices import Invoices
 from tests.fakes.stripe.payments import Payments
 from tests.fakes.stripe.shapes import Object, whole
 from tests.fakes.stripe.state import State
@@ -33,8 +34,8 @@ NOWHERE: Object = {"address": None, "email": None, "name": None, "phone": None, 
 class Checkout:
     """``pay``, ``pay_later`` with ``settle``, ``decline`` and ``tick`` are what customers and time do."""
 
-    def __init__(self, state: State, customers: Customers, payments: Payments) -> None:
-        self._state, self._customers, self._payments = state, customers, payments
+    def __init__(self, state: State, customers: Customers, payments: Payments, invoices: Invoices) -> None:
+        self._state, self._customers, self._payments, self._invoices = state, customers, payments, invoices
         self._asked: dict[str, dict[str, Any]] = {}
         self._items: dict[str, list[Object]] = {}
         state.includable["checkout.session", "line_items"] = self._line_items
@@ -69,6 +70,8 @@ class Checkout:
                 return None
             intent = self._intent(found, saves)
             self._payments.succeed(intent)
+            if found["invoice_creation"]["enabled"]:
+                self._invoices.of_session(found, intent, self._items[session][0]["description"])
             found |= {"status": "complete", "payment_status": "paid", "url": None}
             self._state.tell("checkout.session.completed", found)
             return str(intent["id"])

@@ -32,6 +32,7 @@ TEST_METHODS: dict[str, Behaviour] = {
     "pm_card_visa": "succeed",
     "pm_card_visa_chargeDeclined": "decline",
     "pm_card_chargeDeclined": "decline",
+    "pm_card_chargeCustomerFail": "decline",
     "pm_card_visa_chargeDeclinedInsufficientFunds": "insufficient_funds",
     "pm_card_chargeDeclinedInsufficientFunds": "insufficient_funds",
     "pm_card_authenticationRequired": "authentication_required",

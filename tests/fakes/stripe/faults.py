@@ -6,11 +6,13 @@ fake.faults.seeded(7, chance=0.2, among=(Unavailable(), LostReply()))
 
 import fnmatch
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    "Delay", "ErrorAfter", "ErrorBefore", "Fault", "Faults", "LostReply", "LostRequest", "RateLimited", "Unavailable",
+    "Delay", "ErrorAfter", "ErrorBefore", "Fault", "Faults", "Hold", "LostReply", "LostRequest",
+    "RateLimited", "Unavailable",
 ]  # fmt: skip
 
 
@@ -53,7 +55,15 @@ class Delay:
     after: bool = False
 
 
-Fault = Unavailable | ErrorBefore | ErrorAfter | LostRequest | LostReply | RateLimited | Delay
+@dataclass(frozen=True)
+class Hold:
+    """As a delay, until a test sets the event."""
+
+    until: threading.Event
+    after: bool = False
+
+
+Fault = Hold | Unavailable | ErrorBefore | ErrorAfter | LostRequest | LostReply | RateLimited | Delay
 
 
 @dataclass

@@ -37,6 +37,7 @@ class State:
         self.request_id: str | None = None
         self.request_key: str | None = None
         self._objects: dict[str, Object] = {}
+        self._by_kind: dict[str, dict[str, Object]] = {}
         self._live: dict[str, bool] = {}
         self._run = secrets.token_hex(4)
 
@@ -55,6 +56,7 @@ class State:
             field: value for field, value in whole(resource, object=name, **known).items() if field not in optional
         }
         self._objects[found["id"]] = found
+        self._by_kind.setdefault(name, {})[found["id"]] = found
         self._live[found["id"]] = live
         return found
 
@@ -78,12 +80,13 @@ class State:
 
     def all(self, kind: str, live: bool | None = None) -> Iterator[Object]:
         """Newest first, as Stripe lists them."""
-        for name in reversed(list(self._objects)):
-            if self._objects[name]["object"] == kind and live in (None, self._live[name]):
-                yield self._objects[name]
+        for name, found in reversed(list(self._by_kind.get(kind, {}).items())):
+            if live in (None, self._live[name]):
+                yield found
 
     def remove(self, name: str) -> None:
-        del self._objects[name], self._live[name]
+        found = self._objects.pop(name)
+        del self._by_kind[found["object"]][name], self._live[name]
 
     def tell(self, kind: str, thing: Object, before: Object | None = None) -> Object:
         """An event: a copy of the object as it is now, and of what it was before where an update is told of."""
