@@ -51,7 +51,7 @@ CONTROL = {
     *("create_order", "open_order", "advance_order", "put_customer", "pay_order", "resolve_quarantine"),
     *("claim_messages", "message_delivered", "message_failed", "resend_messages", "forget_messages"),
     *("tell_alerts", "set_low_balance"),
-    *("create_promo", "end_promo", "redeem_promo"),
+    *("create_promo", "end_promo", "redeem_promo", "pay_plan"),
     "take_event",
     "finish_event",
     "fail_event",

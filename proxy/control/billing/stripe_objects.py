@@ -44,6 +44,17 @@ class Members:
         value = self._members.get(name)
         return value if isinstance(value, bool) else self._odd(name)
 
+    def flag_or(self, name: str, *, default: bool) -> bool:
+        """As ``flag``; ``default`` where it is absent or null."""
+        return default if self._members.get(name) is None else self.flag(name)
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; empty where it is absent or null."""
+        value = self._members.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            return self._odd(name)
+        return value
+
     def moment(self, name: str) -> datetime:
         """A time, in UTC."""
         return datetime.fromtimestamp(self.number(name), UTC)
