@@ -86,6 +86,7 @@ CREATE FUNCTION farebox.a_stray_charge() RETURNS text
     SELECT min(t.account_id || '-' || t.version)
       FROM farebox.transfers t LEFT JOIN farebox.holds h ON h.id = t.hold_id AND h.account_id = t.account_id
      WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal') AND h.id IS NULL
+       AND (t.kind <> 'overrun' OR t.hold_id IS NOT NULL)
 $$;
 
 CREATE FUNCTION farebox.a_stray_seal() RETURNS text
@@ -149,6 +150,8 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_guards();
     RETURN QUERY SELECT * FROM farebox.audit_book();
     RETURN QUERY SELECT * FROM farebox.audit_holds();
+    RETURN QUERY SELECT * FROM farebox.audit_overruns();
+    RETURN QUERY SELECT * FROM farebox.audit_lots();
     RETURN QUERY SELECT * FROM farebox.audit_price_versions();
     RETURN QUERY SELECT * FROM farebox.audit_leases();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
@@ -366,14 +369,17 @@ CREATE FUNCTION farebox.audit_guards() RETURNS SETOF farebox.audit_check
           FROM (VALUES
                    ('transfers', 'append_only'), ('seals', 'append_only'), ('price_versions', 'immutable'),
                    ('prices', 'immutable'), ('accounts', 'never_removed'), ('holds', 'never_removed'),
-                   ('api_keys', 'never_removed')
+                   ('api_keys', 'never_removed'), ('lots', 'never_removed'), ('draws', 'append_only'),
+                   ('orders', 'never_removed'), ('stripe_refunds', 'never_removed'), ('disputes', 'never_removed'),
+                   ('refund_requests', 'never_removed')
                ) AS g (relation, name)
           LEFT JOIN pg_trigger t ON t.tgrelid = to_regclass('farebox.' || g.relation) AND t.tgname = g.name
         UNION ALL
         SELECT 'index ' || g.name, coalesce(i.indisunique AND i.indisvalid AND i.indimmediate, false)
           FROM (VALUES
                    ('accounts_pkey'), ('holds_pkey'), ('transfers_pkey'), ('seals_pkey'), ('prices_pkey'),
-                   ('transfers_once_a_hold'), ('transfers_reference')
+                   ('transfers_once_a_hold'), ('transfers_reference'), ('lots_pkey'), ('draws_pkey'), ('lot_marks_pkey'),
+                   ('orders_pkey'), ('orders_payment_intent_key'), ('orders_session_id_key'), ('orders_invoice_key')
                ) AS g (name)
           LEFT JOIN pg_index i ON i.indexrelid = to_regclass('farebox.' || g.name)
     )
@@ -397,6 +403,7 @@ BEGIN
         SELECT (
                    SELECT count(*) FROM farebox.transfers t
                     WHERE t.kind IN ('charge', 'true_up', 'overrun', 'reversal')
+                      AND (t.kind <> 'overrun' OR t.hold_id IS NOT NULL)
                ) - c.transfers AS transfers,
                (SELECT coalesce(sum(cardinality(s.hold_ids) + cardinality(s.provisional_ids)), 0) FROM farebox.seals s)
                    - c.seals AS seals
@@ -467,6 +474,77 @@ CREATE FUNCTION farebox.audit_limits() RETURNS SETOF farebox.audit_check
     )
     SELECT 'spend_limits_count_what_was_spent', count(*), count(*) FILTER (WHERE NOT j.kept),
            min(j.family) FILTER (WHERE NOT j.kept)
+      FROM judged j
+$$;
+
+CREATE FUNCTION farebox.audit_lots() RETURNS SETOF farebox.audit_check
+    LANGUAGE plpgsql STABLE
+    AS $$
+BEGIN
+    RETURN QUERY
+    WITH marks AS MATERIALIZED (
+        SELECT count(*) AS checked, count(*) FILTER (WHERE NOT j.held) AS v1,
+               count(*) FILTER (WHERE NOT j.spoken_for) AS v2
+          FROM farebox.judged_marks(NULL) AS j
+    ), lots AS MATERIALIZED (
+        SELECT count(*) AS checked, count(*) FILTER (WHERE NOT j.came) AS v3, count(*) FILTER (WHERE NOT j.left_so) AS v4
+          FROM farebox.judged_lots() AS j
+    ), draws AS MATERIALIZED (
+        SELECT count(*) AS checked, count(*) FILTER (WHERE NOT j.drawn) AS v5 FROM farebox.judged_draws() AS j
+    )
+    SELECT v.name, v.checked, v.violations, v.example
+      FROM marks m, lots l, draws d,
+           LATERAL (VALUES
+               ('lots_hold_the_balance_at_their_mark', m.checked, m.v1, CASE WHEN m.v1 > 0 THEN (
+                    SELECT min(j.id) FROM farebox.judged_marks(NULL) AS j WHERE NOT j.held
+                ) END),
+               ('lots_owe_no_more_than_the_debt_and_reserve_no_more_than_is_held', m.checked, m.v2,
+                CASE WHEN m.v2 > 0 THEN (
+                    SELECT min(j.id) FROM farebox.judged_marks(NULL) AS j WHERE NOT j.spoken_for
+                ) END),
+               ('lots_came_with_their_transfers', l.checked, l.v3, CASE WHEN l.v3 > 0 THEN (
+                    SELECT min(j.id) FROM farebox.judged_lots() AS j WHERE NOT j.came
+                ) END),
+               ('lots_have_left_what_their_draws_left', l.checked, l.v4, CASE WHEN l.v4 > 0 THEN (
+                    SELECT min(j.id) FROM farebox.judged_lots() AS j WHERE NOT j.left_so
+                ) END),
+               ('transfers_are_drawn_from_lots', d.checked, d.v5, CASE WHEN d.v5 > 0 THEN (
+                    SELECT min(j.id) FROM farebox.judged_draws() AS j WHERE NOT j.drawn
+                ) END)
+           ) AS v (name, checked, violations, example);
+END
+$$;
+
+CREATE FUNCTION farebox.audit_lots_since(_steps farebox.audit_step[]) RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH judged AS MATERIALIZED (
+        SELECT j.* FROM farebox.judged_marks(ARRAY(SELECT s.account_id FROM unnest(_steps) AS s)) AS j
+    )
+    SELECT v.name, v.checked, v.violations, v.example
+      FROM (
+               SELECT count(*) AS checked,
+                      count(*) FILTER (WHERE NOT j.held) AS v1, min(j.id) FILTER (WHERE NOT j.held) AS e1,
+                      count(*) FILTER (WHERE NOT j.spoken_for) AS v2, min(j.id) FILTER (WHERE NOT j.spoken_for) AS e2
+                 FROM judged j
+           ) AS c,
+           LATERAL (VALUES
+               ('lots_hold_the_balance_at_their_mark', c.checked, c.v1, c.e1),
+               ('lots_owe_no_more_than_the_debt_and_reserve_no_more_than_is_held', c.checked, c.v2, c.e2)
+           ) AS v (name, checked, violations, example)
+$$;
+
+CREATE FUNCTION farebox.audit_overruns() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH judged AS (
+        SELECT o.account_id || '-' || o.version AS id, t.kind IN ('refund', 'dispute') IS TRUE AS taken
+          FROM farebox.transfers o
+          LEFT JOIN farebox.transfers t ON t.account_id = o.account_id AND t.version = o.version + 1
+         WHERE o.kind = 'overrun' AND o.hold_id IS NULL
+    )
+    SELECT 'what_no_hold_was_lent_was_taken_back', count(*), count(*) FILTER (WHERE NOT j.taken),
+           min(j.id) FILTER (WHERE NOT j.taken)
       FROM judged j
 $$;
 
@@ -552,6 +630,10 @@ BEGIN
                ('counted_charges_stay_within_their_hold', ended.checked, ended.v4, ended.e4)
         UNION ALL
         SELECT * FROM farebox.audit_price_versions_since(least(last.prices_to, now() - on_its_way))
+        UNION ALL
+        SELECT * FROM farebox.audit_overruns()
+        UNION ALL
+        SELECT * FROM farebox.audit_lots_since(steps)
         UNION ALL
         SELECT * FROM farebox.audit_leases()
         UNION ALL
@@ -702,6 +784,9 @@ CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
         UNION ALL SELECT 'transfers', EXISTS (SELECT FROM farebox.transfers)
         UNION ALL SELECT 'workers', EXISTS (SELECT FROM farebox.workers)
         UNION ALL SELECT 'seals', EXISTS (SELECT FROM farebox.seals)
+        UNION ALL SELECT 'lots', EXISTS (SELECT FROM farebox.lots)
+        UNION ALL SELECT 'draws', EXISTS (SELECT FROM farebox.draws)
+        UNION ALL SELECT 'orders', EXISTS (SELECT FROM farebox.orders)
     ), hidden AS (
         SELECT j.relation, NOT j.rows AND pg_stat_get_live_tuples(('farebox.' || j.relation)::regclass) > 0 AS hidden
           FROM judged j
@@ -972,6 +1057,44 @@ CREATE FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OU
       LEFT JOIN LATERAL (
           SELECT s.last_version FROM farebox.seals s WHERE s.account_id = a.id ORDER BY s.number DESC LIMIT 1
       ) AS s ON true
+$$;
+
+CREATE TABLE farebox.lots (
+    account_id uuid NOT NULL,
+    version bigint NOT NULL,
+    kind text NOT NULL,
+    amount bigint NOT NULL,
+    remaining bigint NOT NULL,
+    reserved bigint DEFAULT 0 NOT NULL,
+    owed bigint DEFAULT 0 NOT NULL,
+    priority integer NOT NULL,
+    expires_at timestamp with time zone,
+    order_id uuid,
+    created_at timestamp with time zone NOT NULL,
+    CONSTRAINT lots_amount_check CHECK ((amount > 0)),
+    CONSTRAINT lots_kind_check CHECK ((kind = ANY (ARRAY['paid'::text, 'granted'::text, 'promo'::text]))),
+    CONSTRAINT lots_owed_check CHECK ((owed >= 0)),
+    CONSTRAINT lots_remaining_check CHECK ((remaining >= 0)),
+    CONSTRAINT lots_reserved_check CHECK ((reserved >= 0)),
+    CONSTRAINT remaining_within_amount CHECK ((remaining <= amount)),
+    CONSTRAINT spoken_for_once CHECK (((reserved + owed) <= remaining))
+)
+WITH (fillfactor='70');
+
+CREATE FUNCTION farebox.came_so(_lot farebox.lots, _transfer farebox.transfers) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT coalesce(
+        _transfer.account_side = 'credit' AND CASE
+            WHEN _transfer.kind IN ('grant', 'promo', 'purchase', 'plan') THEN
+                _lot.amount = _transfer.amount AND _lot.kind = CASE _transfer.kind
+                    WHEN 'grant' THEN 'granted' WHEN 'promo' THEN 'promo' ELSE _lot.kind
+                END
+            WHEN _transfer.kind IN ('reversal', 'true_up', 'refund_return', 'dispute_return') THEN
+                _lot.amount <= _transfer.amount AND _lot.kind = 'granted'
+        END,
+        false
+    )
 $$;
 
 CREATE FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) RETURNS numeric
@@ -2092,6 +2215,30 @@ CREATE FUNCTION farebox.hold_digest(_row farebox.holds) RETURNS bytea
     SELECT substring(sha512(farebox.hold_bytes(_row)) FOR 32)
 $$;
 
+CREATE FUNCTION farebox.judged_draws() RETURNS TABLE(id text, drawn boolean)
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT coalesce(t.account_id, d.account_id) || '-' || coalesce(t.version, d.version),
+           CASE
+               WHEN t.version IS NULL THEN false
+               WHEN t.kind = 'debt_payment' THEN coalesce(d.amount, 0) BETWEEN 0 AND t.amount
+               WHEN t.account_side = 'debit' THEN coalesce(d.amount, 0) = t.amount - coalesce(o.amount, 0)
+               WHEN t.kind IN ('reversal', 'true_up', 'refund_return', 'dispute_return')
+                   THEN coalesce(d.amount, 0) BETWEEN -t.amount AND 0
+               ELSE d.amount IS NULL
+           END
+      FROM (
+               SELECT x.* FROM farebox.transfers x JOIN farebox.lot_marks m ON m.account_id = x.account_id
+                WHERE x.version <= m.version
+           ) AS t
+      FULL JOIN (
+          SELECT x.account_id, x.version, sum(x.amount) AS amount FROM farebox.draws x GROUP BY x.account_id, x.version
+      ) AS d ON d.account_id = t.account_id AND d.version = t.version
+      LEFT JOIN (
+          SELECT x.account_id, x.version + 1 AS version, x.amount FROM farebox.transfers x WHERE x.kind = 'overrun'
+      ) AS o ON o.account_id = t.account_id AND o.version = t.version
+$$;
+
 CREATE FUNCTION farebox.judged_holds() RETURNS TABLE(id uuid, ended boolean, transfers bigint, kept boolean, ended_so boolean, priced boolean, within_hold boolean, seals integer, as_sealed boolean)
     LANGUAGE sql STABLE PARALLEL SAFE
     AS $$
@@ -2130,6 +2277,48 @@ CREATE FUNCTION farebox.judged_holds() RETURNS TABLE(id uuid, ended boolean, tra
            GROUP BY t.hold_id, t.account_id
       ) AS r ON r.hold_id = h.id AND r.account_id = h.account_id
       LEFT JOIN farebox.prices p ON p.version = h.price_version AND p.model = h.model AND p.variant = h.variant
+$$;
+
+CREATE FUNCTION farebox.judged_lots() RETURNS TABLE(id text, draws bigint, came boolean, left_so boolean)
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT coalesce(l.account_id, d.account_id) || '-' || coalesce(l.version, d.lot_version), coalesce(d.draws, 0),
+           l.version IS NULL OR farebox.came_so(l, t),
+           coalesce(l.remaining = l.amount - coalesce(d.amount, 0), false)
+      FROM farebox.lots l
+      FULL JOIN (
+          SELECT x.account_id, x.lot_version, count(*) AS draws, sum(x.amount) AS amount
+            FROM farebox.draws x GROUP BY x.account_id, x.lot_version
+      ) AS d ON d.account_id = l.account_id AND d.lot_version = l.version
+      LEFT JOIN farebox.transfers t ON t.account_id = l.account_id AND t.version = l.version
+$$;
+
+CREATE FUNCTION farebox.judged_marks(_accounts uuid[]) RETURNS TABLE(id text, lots bigint, held boolean, spoken_for boolean)
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+    SELECT coalesce(a.id, m.account_id, l.account_id)::text, coalesce(l.lots, 0),
+           coalesce(m.version, 0) <= a.version AND coalesce(l.as_they_came, true)
+               AND coalesce(l.remaining, 0) = CASE WHEN coalesce(m.version, 0) > 0 THEN t.balance_after ELSE 0 END,
+           coalesce(l.owed, 0) <= coalesce(t.debt_after, 0)
+               AND coalesce(l.reserved, 0) <= coalesce(r.held, 0)
+      FROM (SELECT * FROM farebox.accounts x WHERE _accounts IS NULL OR x.id = ANY (_accounts)) AS a
+      FULL JOIN (SELECT * FROM farebox.lot_marks x WHERE _accounts IS NULL OR x.account_id = ANY (_accounts)) AS m
+             ON m.account_id = a.id
+      FULL JOIN (
+          SELECT x.account_id, count(*) AS lots,
+                 sum(x.remaining) FILTER (WHERE x.version <= k.version) AS remaining,
+                 -- Beyond the mark.
+                 bool_and(x.version <= coalesce(k.version, 0) OR x.remaining = x.amount) AS as_they_came,
+                 sum(x.owed) AS owed, sum(x.reserved) AS reserved
+            FROM farebox.lots x LEFT JOIN farebox.lot_marks k ON k.account_id = x.account_id
+           WHERE _accounts IS NULL OR x.account_id = ANY (_accounts)
+           GROUP BY x.account_id
+      ) AS l ON l.account_id = coalesce(a.id, m.account_id)
+      LEFT JOIN farebox.transfers t ON t.account_id = m.account_id AND t.version = m.version
+      LEFT JOIN (
+          SELECT h.account_id, sum(h.amount) AS held
+            FROM farebox.holds h WHERE h.state = 'open' AND h.worker_id IS NULL GROUP BY h.account_id
+      ) AS r ON r.account_id = a.id
 $$;
 
 CREATE FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) RETURNS boolean
@@ -3847,28 +4036,6 @@ CREATE TABLE farebox.lot_marks (
 )
 WITH (fillfactor='70');
 
-CREATE TABLE farebox.lots (
-    account_id uuid NOT NULL,
-    version bigint NOT NULL,
-    kind text NOT NULL,
-    amount bigint NOT NULL,
-    remaining bigint NOT NULL,
-    reserved bigint DEFAULT 0 NOT NULL,
-    owed bigint DEFAULT 0 NOT NULL,
-    priority integer NOT NULL,
-    expires_at timestamp with time zone,
-    order_id uuid,
-    created_at timestamp with time zone NOT NULL,
-    CONSTRAINT lots_amount_check CHECK ((amount > 0)),
-    CONSTRAINT lots_kind_check CHECK ((kind = ANY (ARRAY['paid'::text, 'granted'::text, 'promo'::text]))),
-    CONSTRAINT lots_owed_check CHECK ((owed >= 0)),
-    CONSTRAINT lots_remaining_check CHECK ((remaining >= 0)),
-    CONSTRAINT lots_reserved_check CHECK ((reserved >= 0)),
-    CONSTRAINT remaining_within_amount CHECK ((remaining <= amount)),
-    CONSTRAINT spoken_for_once CHECK (((reserved + owed) <= remaining))
-)
-WITH (fillfactor='70');
-
 CREATE TABLE farebox.price_versions (
     version text NOT NULL,
     body text NOT NULL,
@@ -4315,6 +4482,12 @@ REVOKE ALL ON FUNCTION farebox.audit_leases() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_limits() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.audit_lots() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_lots_since(_steps farebox.audit_step[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_overruns() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.audit_price_versions() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_price_versions_since(_since timestamp with time zone) FROM PUBLIC;
@@ -4340,6 +4513,11 @@ GRANT ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold
 
 REVOKE ALL ON FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.lots TO farebox_control;
+GRANT SELECT ON TABLE farebox.lots TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.came_so(_lot farebox.lots, _transfer farebox.transfers) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) FROM PUBLIC;
 
@@ -4455,7 +4633,13 @@ REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.hold_digest(_row farebox.holds) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.judged_draws() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.judged_holds() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.judged_lots() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.judged_marks(_accounts uuid[]) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;
@@ -4636,9 +4820,6 @@ GRANT SELECT ON TABLE farebox.draws TO farebox_control;
 GRANT SELECT ON TABLE farebox.freezes TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.lot_marks TO farebox_control;
-
-GRANT SELECT ON TABLE farebox.lots TO farebox_control;
-GRANT SELECT ON TABLE farebox.lots TO farebox_reader;
 
 GRANT SELECT ON TABLE farebox.price_versions TO farebox_control;
 
