@@ -69,8 +69,8 @@ def _parts(headers: Sequence[str]) -> tuple[str, list[str]]:
     pairs = [item.partition("=") for item in header.split(",")]
     if not all(mark for _, mark, _ in pairs):
         raise _malformed("it is not a list of name=value")
-    timestamps = [value for name, _, value in pairs if name.strip() == "t"]
-    signatures = [value for name, _, value in pairs if name.strip() == "v1"]
+    timestamps = [value for name, _, value in pairs if name == "t"]
+    signatures = [value for name, _, value in pairs if name == "v1"]
     if len(timestamps) != 1 or not _TIMESTAMP.match(timestamps[0]):
         raise _malformed("it needs one t=, in seconds")
     if not signatures:
