@@ -135,6 +135,129 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.apply_dispute(_dispute_id text, _payment_intent text, _amount bigint, _currency text, _status text, _withdrawn boolean, _asked bigint, OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint, OUT froze boolean) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    sold farebox.orders;
+    known farebox.disputes;
+    gone_before bigint;
+    gone bigint;
+BEGIN
+    moved := 0;
+    froze := false;
+    PERFORM farebox.lock_reference('dispute', _dispute_id);
+    PERFORM farebox.lock_accounts(
+        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
+    );
+    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT * INTO known FROM farebox.disputes d WHERE d.id = _dispute_id;
+    order_id := sold.id;
+    account_id := sold.account_id;
+    outcome := CASE
+        WHEN sold.id IS NULL THEN 'not_ours'
+        WHEN sold.state <> 'paid' THEN 'not_paid'
+        WHEN known.order_id <> sold.id THEN 'conflict'
+        WHEN known.asked > _asked THEN 'stale'
+    END;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    gone_before := CASE WHEN known.withdrawn THEN known.amount ELSE 0 END;
+    INSERT INTO farebox.disputes AS d (id, order_id, amount, status, asked, withdrawn)
+    VALUES (
+        _dispute_id, sold.id,
+        CASE WHEN _currency = sold.currency THEN _amount ELSE greatest(sold.received, 1) END,
+        _status, _asked, coalesce(_withdrawn, false)
+    )
+    ON CONFLICT (id) DO UPDATE
+       SET amount = excluded.amount, status = excluded.status, asked = excluded.asked, withdrawn = excluded.withdrawn,
+           changed_at = CASE
+               WHEN (d.amount, d.status, d.withdrawn) = (excluded.amount, excluded.status, excluded.withdrawn)
+               THEN d.changed_at ELSE clock_timestamp()
+           END
+    RETURNING d.* INTO known;
+    froze := farebox.freeze_for_dispute(sold.account_id, _dispute_id, _status, _payment_intent);
+    gone := CASE WHEN known.withdrawn THEN known.amount ELSE 0 END;
+    IF gone <> gone_before THEN
+        moved := farebox.settle_takings(
+            sold.id, 'dispute', farebox.dispute_reference(
+                _dispute_id, 1 + CASE WHEN gone > gone_before THEN known.takings ELSE known.returns END
+            ), gone > gone_before, 'dispute of order ' || sold.id, 0, 0
+        );
+        UPDATE farebox.disputes AS d
+           SET takings = d.takings + (gone > gone_before)::integer, returns = d.returns + (gone < gone_before)::integer
+         WHERE d.id = _dispute_id;
+    END IF;
+    outcome := CASE WHEN moved > 0 THEN 'taken' WHEN moved < 0 THEN 'returned' ELSE 'known' END;
+END
+$$;
+
+CREATE FUNCTION farebox.apply_refund(_refund_id text, _payment_intent text, _amount bigint, _currency text, _status text, _request_id uuid, _problem text, OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    sold farebox.orders;
+    known farebox.stripe_refunds;
+    request farebox.refund_requests;
+    rank integer := farebox.refund_rank(_status);
+    stands boolean := rank < 3;
+BEGIN
+    moved := 0;
+    PERFORM farebox.lock_reference('refund', _refund_id);
+    PERFORM farebox.lock_accounts(
+        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
+    );
+    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT * INTO known FROM farebox.stripe_refunds r WHERE r.id = _refund_id;
+    order_id := sold.id;
+    account_id := sold.account_id;
+    outcome := CASE
+        WHEN rank IS NULL THEN 'unknown_status'
+        WHEN sold.id IS NULL THEN 'not_ours'
+        WHEN sold.state <> 'paid' THEN 'not_paid'
+        WHEN (known.order_id, known.amount) <> (sold.id, _amount) OR sold.currency <> _currency THEN 'conflict'
+        WHEN known.status_rank > rank THEN 'stale'
+    END;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    INSERT INTO farebox.stripe_refunds AS r (id, order_id, amount, status, status_rank, active)
+    VALUES (_refund_id, sold.id, _amount, _status, rank, stands)
+    ON CONFLICT (id) DO UPDATE
+       SET status = _status, status_rank = rank, active = stands, changed_at = clock_timestamp()
+     WHERE r.status <> _status;
+    SELECT * INTO request
+      FROM farebox.refund_requests r
+     WHERE r.id = _request_id AND r.order_id = sold.id AND r.amount = _amount AND r.state = 'held';
+    IF request.id IS NOT NULL THEN
+        PERFORM farebox.end_refund_request(
+            request, CASE WHEN stands THEN 'done' ELSE 'released' END, _refund_id, coalesce(_problem, _status)
+        );
+    END IF;
+    IF coalesce(known.active, false) <> stands THEN
+        moved := farebox.settle_takings(
+            sold.id, 'refund', _refund_id, stands, coalesce(request.reason, 'refund of order ' || sold.id),
+            CASE WHEN stands THEN coalesce(request.credits, 0) ELSE 0 END,
+            CASE WHEN stands THEN coalesce(request.bonus, 0) ELSE 0 END
+        );
+    END IF;
+    IF request.id IS NOT NULL AND NOT (stands AND known.active IS NOT TRUE) THEN
+        PERFORM farebox.free_hold(request);
+    END IF;
+    outcome := CASE WHEN moved > 0 THEN 'taken' WHEN moved < 0 THEN 'returned' ELSE 'known' END;
+END
+$$;
+
+CREATE FUNCTION farebox.ask_dispute() RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    SELECT nextval('farebox.dispute_questions')
+$$;
+
 CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -154,6 +277,7 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_lots();
     RETURN QUERY SELECT * FROM farebox.audit_price_versions();
     RETURN QUERY SELECT * FROM farebox.audit_leases();
+    RETURN QUERY SELECT * FROM farebox.audit_takings();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
 END
 $$;
@@ -438,7 +562,9 @@ CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
     AS $$
     WITH judged AS (
         SELECT h.id::text AS id,
-               w.id IS NOT NULL AND (
+               CASE WHEN h.worker_id IS NULL THEN
+                   (r.account_id, r.credits + r.bonus) IS NOT DISTINCT FROM (h.account_id, h.amount)
+               ELSE w.id IS NOT NULL AND (
                    w.lease_until > now() - interval '5 minutes'
                    -- Nobody sweeps while no worker runs, nor soon after Postgres came up or after workers were cut off
                    -- from it: one that has been there for a while should have.
@@ -449,8 +575,10 @@ CREATE FUNCTION farebox.audit_leases() RETURNS SETOF farebox.audit_check
                           AND live.started_at < now() - interval '5 minutes'
                           AND live.held_since < now() - interval '5 minutes'
                    )
-               ) AS kept
-          FROM farebox.holds h LEFT JOIN farebox.workers w ON w.id = h.worker_id
+               ) END AS kept
+          FROM farebox.holds h
+          LEFT JOIN farebox.workers w ON w.id = h.worker_id
+          LEFT JOIN farebox.refund_requests r ON r.id = h.id AND r.state = 'held'
          WHERE h.state = 'open'
     )
     SELECT 'open_holds_belong_to_a_live_worker', count(*), count(*) FILTER (WHERE NOT j.kept),
@@ -771,6 +899,55 @@ BEGIN
            ) AS s ON s.block = b.block;
     RETURN found;
 END
+$$;
+
+CREATE FUNCTION farebox.audit_takings() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH returned AS (
+        SELECT g.order_id, sum(g.amount)::bigint AS amount
+          FROM (
+                   SELECT r.order_id, r.amount FROM farebox.stripe_refunds r WHERE r.active
+                   UNION ALL
+                   SELECT d.order_id, d.amount FROM farebox.disputes d WHERE d.withdrawn
+               ) AS g
+         GROUP BY g.order_id
+    ), judged AS (
+        SELECT o.id::text AS id,
+               o.taken = farebox.share_of(o.credits, m.back, o.received)
+               AND o.bonus_taken <= farebox.share_of(o.bonus, m.back, o.received) AS kept
+          FROM farebox.orders o
+          LEFT JOIN returned r ON r.order_id = o.id
+         CROSS JOIN LATERAL (SELECT least(coalesce(r.amount, 0), o.received) AS back) AS m
+         WHERE o.state = 'paid'
+    ), taken AS (
+        SELECT o.account_id, sum(o.taken + o.bonus_taken) AS amount FROM farebox.orders o GROUP BY o.account_id
+    ), booked AS (
+        SELECT t.account_id, sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END) AS amount
+          FROM farebox.transfers t
+         WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return') AND t.reference IS NOT NULL
+         GROUP BY t.account_id
+    ), accounts AS (
+        SELECT account_id::text AS id, coalesce(b.amount, 0) = coalesce(k.amount, 0) AS kept
+          FROM taken k FULL JOIN booked b USING (account_id)
+    ), requests AS (
+        SELECT r.id::text AS id,
+               (h.state, h.account_id, h.amount)
+                   IS NOT DISTINCT FROM ('open', r.account_id, r.credits + r.bonus) AS kept
+          FROM farebox.refund_requests r LEFT JOIN farebox.holds h ON h.id = r.id
+         WHERE r.state = 'held'
+    )
+    SELECT 'orders_gave_up_what_their_refunds_say', count(*), count(*) FILTER (WHERE NOT j.kept),
+           min(j.id) FILTER (WHERE NOT j.kept)
+      FROM judged j
+    UNION ALL
+    SELECT 'the_book_has_what_orders_gave_up', count(*), count(*) FILTER (WHERE NOT a.kept),
+           min(a.id) FILTER (WHERE NOT a.kept)
+      FROM accounts a
+    UNION ALL
+    SELECT 'refunds_under_way_are_held', count(*), count(*) FILTER (WHERE NOT q.kept),
+           min(q.id) FILTER (WHERE NOT q.kept)
+      FROM requests q
 $$;
 
 CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
@@ -1450,6 +1627,22 @@ CREATE FUNCTION farebox.credits_text(_microcredits bigint) RETURNS text
     SELECT trim_scale(_microcredits::numeric / 1000000)::text
 $$;
 
+CREATE FUNCTION farebox.dispute_freezes(_status text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE
+        WHEN _status = 'won' THEN false
+        WHEN _status = 'prevented' OR starts_with(_status, 'warning_') THEN NULL
+        ELSE true
+    END
+$$;
+
+CREATE FUNCTION farebox.dispute_reference(_dispute_id text, _n integer) RETURNS text
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT _dispute_id || CASE WHEN _n > 1 THEN ':' || _n ELSE '' END
+$$;
+
 CREATE FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1656,6 +1849,55 @@ CREATE FUNCTION farebox.end_promo(_code text) RETURNS text
 BEGIN
     UPDATE farebox.promo_codes AS p SET ended_at = coalesce(p.ended_at, clock_timestamp()) WHERE p.code = _code;
     RETURN CASE WHEN FOUND THEN 'done' ELSE 'unknown' END;
+END
+$$;
+
+CREATE TABLE farebox.refund_requests (
+    id uuid NOT NULL,
+    order_id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    amount bigint NOT NULL,
+    credits bigint NOT NULL,
+    bonus bigint NOT NULL,
+    reserved bigint NOT NULL,
+    state text DEFAULT 'held'::text NOT NULL,
+    refund text,
+    actor text NOT NULL,
+    reason text,
+    problem text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT refund_requests_amount_check CHECK ((amount > 0)),
+    CONSTRAINT refund_requests_bonus_check CHECK ((bonus >= 0)),
+    CONSTRAINT refund_requests_check CHECK (((reserved >= 0) AND (reserved <= credits))),
+    CONSTRAINT refund_requests_credits_check CHECK ((credits >= 0)),
+    CONSTRAINT refund_requests_state_check CHECK ((state = ANY (ARRAY['held'::text, 'done'::text, 'released'::text])))
+);
+
+CREATE FUNCTION farebox.end_refund_request(_request farebox.refund_requests, _state text, _refund_id text, _problem text) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    sold farebox.orders;
+    hold farebox.holds;
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _request.order_id;
+    SELECT * INTO hold FROM farebox.holds h WHERE h.id = _request.id;
+    IF (hold.state, hold.account_id, hold.amount)
+        IS DISTINCT FROM ('open', _request.account_id, _request.credits + _request.bonus) THEN
+        RAISE EXCEPTION 'refund request % has lost its hold', _request.id USING ERRCODE = 'XX001';
+    END IF;
+    hold.state := 'released';
+    hold.charge := 0;
+    hold.ending := CASE _state WHEN 'done' THEN 'refunded' ELSE 'released' END;
+    hold.ended_at := clock_timestamp();
+    PERFORM farebox.write_down(NULL, NULL, NULL, ARRAY[hold], hold.ended_at);
+    PERFORM farebox.unreserve_lot(_request.account_id, sold.credit_version, _request.reserved);
+    PERFORM farebox.unreserve_lot(_request.account_id, sold.bonus_version, _request.bonus);
+    UPDATE farebox.refund_requests AS r
+       SET state = _state, refund = _refund_id, problem = CASE _state WHEN 'released' THEN _problem END,
+           changed_at = hold.ended_at
+     WHERE r.id = _request.id;
 END
 $$;
 
@@ -2039,6 +2281,20 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.free_hold(_request farebox.refund_requests) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    purse farebox.purse := farebox.moved(
+        farebox.open_purse(_request.account_id), NULL, 0, _request.credits + _request.bonus
+    );
+BEGIN
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, _request.id)], NULL, NULL, clock_timestamp()
+    );
+END
+$$;
+
 CREATE FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -2068,6 +2324,32 @@ BEGIN
         RETURN 'conflict';
     END IF;
     RETURN 'done';
+END
+$$;
+
+CREATE FUNCTION farebox.freeze_for_dispute(_account_id uuid, _dispute_id text, _status text, _payment_intent text) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    froze boolean := farebox.dispute_freezes(_status);
+    standing text;
+    won integer;
+BEGIN
+    SELECT max(f.reference) FILTER (WHERE f.lifted_at IS NULL), count(*) FILTER (WHERE f.lifted_by = 'stripe')
+      INTO standing, won
+      FROM farebox.freezes f
+     WHERE f.account_id = _account_id
+       AND (f.reference = _dispute_id OR starts_with(f.reference, _dispute_id || ':'));
+    IF froze AND standing IS NULL THEN
+        RETURN farebox.frozen(
+            _account_id, farebox.dispute_reference(_dispute_id, won + 1), 'payment ' || _payment_intent || ' is disputed',
+            'stripe'
+        );
+    END IF;
+    IF NOT froze AND standing IS NOT NULL THEN
+        PERFORM farebox.thawed(_account_id, standing, 'stripe');
+    END IF;
+    RETURN false;
 END
 $$;
 
@@ -2123,6 +2405,16 @@ BEGIN
     outcome := 'done';
     transfer_version := mark + 1;
 END
+$$;
+
+CREATE FUNCTION farebox.gone_back(_order_id uuid) RETURNS bigint
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT least(
+        (SELECT o.received FROM farebox.orders o WHERE o.id = _order_id),
+        (SELECT coalesce(sum(r.amount), 0) FROM farebox.stripe_refunds r WHERE r.order_id = _order_id AND r.active)
+        + (SELECT coalesce(sum(d.amount), 0) FROM farebox.disputes d WHERE d.order_id = _order_id AND d.withdrawn)
+    )::bigint
 $$;
 
 CREATE FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) RETURNS record
@@ -2195,6 +2487,94 @@ BEGIN
       FROM free JOIN given USING (id)
      WHERE h.id = free.id AND h.state = 'open';
     RETURN true;
+END
+$$;
+
+CREATE TABLE farebox.orders (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    kind text NOT NULL,
+    state text DEFAULT 'created'::text NOT NULL,
+    pack text,
+    credits bigint NOT NULL,
+    bonus bigint DEFAULT 0 NOT NULL,
+    credits_seconds bigint,
+    bonus_seconds bigint,
+    currency text NOT NULL,
+    price bigint NOT NULL,
+    discount_max bigint DEFAULT 0 NOT NULL,
+    livemode boolean NOT NULL,
+    actor text NOT NULL,
+    request_key text,
+    request_digest bytea,
+    save_payment_method boolean DEFAULT false NOT NULL,
+    success_url text,
+    cancel_url text,
+    customer text,
+    payment_method text,
+    session_id text,
+    payment_intent text,
+    invoice text,
+    url text,
+    problem text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    paid_at timestamp with time zone,
+    received bigint,
+    subtotal bigint,
+    discount bigint,
+    tax bigint,
+    credit_version bigint,
+    bonus_version bigint,
+    taken bigint DEFAULT 0 NOT NULL,
+    bonus_taken bigint DEFAULT 0 NOT NULL,
+    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
+    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
+    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
+    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
+    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
+    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
+    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
+    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
+    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
+    CONSTRAINT orders_price_check CHECK ((price > 0)),
+    CONSTRAINT orders_received_check CHECK ((received >= 0)),
+    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
+    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
+    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
+    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
+    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
+    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
+);
+
+CREATE FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text) RETURNS farebox.refund_requests
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    at timestamptz := clock_timestamp();
+    bonus bigint := farebox.share_of(
+        _sold.bonus, farebox.gone_back(_sold.id) + _amount, _sold.received
+    ) - _sold.bonus_taken;
+    request farebox.refund_requests;
+    hold farebox.holds;
+BEGIN
+    bonus := greatest(least(bonus, _purse.balance - _purse.held - _credits), 0);
+    request := (
+        _id, _sold.id, _sold.account_id, _amount, _credits,
+        farebox.reserve_lot(_sold.account_id, _sold.bonus_version, bonus),
+        farebox.reserve_lot(_sold.account_id, _sold.credit_version, _credits),
+        'held', NULL, _actor, _reason, NULL, at, at
+    )::farebox.refund_requests;
+    hold := (
+        _id, _sold.account_id, 'open', request.credits + request.bonus, NULL, NULL, NULL, NULL, NULL,
+        jsonb_build_object('refund_of', _sold.id)::text, NULL, NULL, at, NULL,
+        0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    )::farebox.holds;
+    PERFORM farebox.write_down(
+        ARRAY[farebox.moved(_purse, NULL, 0, -hold.amount)], NULL, ARRAY[hold], NULL, at
+    );
+    INSERT INTO farebox.refund_requests SELECT request.*;
+    RETURN request;
 END
 $$;
 
@@ -2534,62 +2914,67 @@ CREATE FUNCTION farebox.open_purse(_account_id uuid) RETURNS farebox.purse
      WHERE a.id = _account_id
 $$;
 
-CREATE TABLE farebox.orders (
-    id uuid NOT NULL,
-    account_id uuid NOT NULL,
-    kind text NOT NULL,
-    state text DEFAULT 'created'::text NOT NULL,
-    pack text,
-    credits bigint NOT NULL,
-    bonus bigint DEFAULT 0 NOT NULL,
-    credits_seconds bigint,
-    bonus_seconds bigint,
-    currency text NOT NULL,
-    price bigint NOT NULL,
-    discount_max bigint DEFAULT 0 NOT NULL,
-    livemode boolean NOT NULL,
-    actor text NOT NULL,
-    request_key text,
-    request_digest bytea,
-    save_payment_method boolean DEFAULT false NOT NULL,
-    success_url text,
-    cancel_url text,
-    customer text,
-    payment_method text,
-    session_id text,
-    payment_intent text,
-    invoice text,
-    url text,
-    problem text,
-    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    paid_at timestamp with time zone,
-    received bigint,
-    subtotal bigint,
-    discount bigint,
-    tax bigint,
-    credit_version bigint,
-    bonus_version bigint,
-    taken bigint DEFAULT 0 NOT NULL,
-    bonus_taken bigint DEFAULT 0 NOT NULL,
-    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
-    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
-    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
-    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
-    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
-    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
-    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
-    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
-    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
-    CONSTRAINT orders_price_check CHECK ((price > 0)),
-    CONSTRAINT orders_received_check CHECK ((received >= 0)),
-    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
-    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
-    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
-    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
-    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
-    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
-);
+CREATE FUNCTION farebox.open_refund_request(_id uuid, _order_id uuid, _amount bigint, _owing boolean, _step integer, _actor text, _reason text, OUT outcome text, OUT request_id uuid, OUT amount bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    sold farebox.orders;
+    purse farebox.purse;
+    request farebox.refund_requests;
+    back bigint;
+    available bigint;
+    unspent bigint;
+    due bigint;
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.id = _order_id), NULL);
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id FOR UPDATE;
+    SELECT r.id, r.amount INTO request_id, amount
+      FROM farebox.refund_requests r WHERE r.id = _id OR (r.order_id = _order_id AND r.state = 'held')
+     ORDER BY r.id <> _id LIMIT 1;
+    outcome := CASE
+        WHEN sold.id IS NULL THEN 'unknown'
+        WHEN request_id = _id THEN 'done'
+        WHEN request_id IS NOT NULL THEN 'under_way'
+        WHEN sold.state <> 'paid' OR sold.payment_intent IS NULL OR sold.received = 0 THEN 'no_payment'
+    END;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    PERFORM farebox.draw_lots(sold.account_id, NULL, NULL);
+    purse := farebox.open_purse(sold.account_id);
+    back := farebox.gone_back(_order_id);
+    available := purse.balance - purse.held;
+    SELECT least(available, l.remaining - l.reserved - l.owed) INTO unspent
+      FROM farebox.lots l WHERE l.account_id = sold.account_id AND l.version = sold.credit_version;
+    amount := CASE
+        WHEN _amount IS NOT NULL THEN _amount
+        WHEN _owing THEN sold.received - back
+        ELSE least(farebox.share_of(sold.received, coalesce(unspent, 0), sold.credits), sold.received - back)
+            / _step * _step
+    END;
+    -- The credits between what so much of the money came to before, and comes to then.
+    due := farebox.share_of(sold.credits, back + amount, sold.received) - sold.taken;
+    outcome := CASE
+        WHEN sold.received = back THEN 'refunded'
+        WHEN amount > sold.received - back THEN 'above_payment'
+        WHEN amount = 0 THEN 'spent'
+        WHEN due > available AND NOT _owing THEN 'insufficient'
+    END;
+    IF outcome IS NOT NULL THEN
+        amount := CASE outcome
+            WHEN 'insufficient' THEN greatest(
+                farebox.share_of(sold.received, sold.taken + available, sold.credits) - back, 0
+            ) / _step * _step
+            ELSE sold.received - back
+        END;
+        RETURN;
+    END IF;
+    request := farebox.held_for_refund(_id, sold, purse, amount, least(due, available), _actor, _reason);
+    outcome := 'done';
+    request_id := request.id;
+END
+$$;
 
 CREATE FUNCTION farebox.order_mismatch(_sold farebox.orders, _account_id uuid, _payment_intent text, _session_id text, _customer text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint) RETURNS text
     LANGUAGE sql STABLE
@@ -2912,12 +3297,41 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.refund_rank(_status text) RETURNS integer
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE _status
+        WHEN 'pending' THEN 1 WHEN 'requires_action' THEN 1 WHEN 'succeeded' THEN 2 WHEN 'failed' THEN 3
+        WHEN 'canceled' THEN 3
+    END
+$$;
+
 CREATE FUNCTION farebox.refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
 BEGIN
     RAISE EXCEPTION '% on farebox.%: its rows are never changed or removed', TG_OP, TG_TABLE_NAME
         USING ERRCODE = '55000';
+END
+$$;
+
+CREATE FUNCTION farebox.release_refund_request(_id uuid, _problem text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    request farebox.refund_requests;
+BEGIN
+    PERFORM farebox.lock_accounts(
+        ARRAY(SELECT r.account_id FROM farebox.refund_requests r WHERE r.id = _id), NULL
+    );
+    SELECT * INTO request FROM farebox.refund_requests r WHERE r.id = _id;
+    IF request.state = 'held' THEN
+        PERFORM farebox.end_refund_request(request, 'released', NULL, _problem);
+        PERFORM farebox.free_hold(request);
+        RETURN 'released';
+    END IF;
+    RETURN request.state;
 END
 $$;
 
@@ -3380,6 +3794,53 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.settle_takings(_order_id uuid, _kind text, _reference text, _more boolean, _reason text, _freed bigint, _freed_bonus bigint, OUT moved bigint) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    sold farebox.orders;
+    back bigint := farebox.gone_back(_order_id);
+    due bigint;
+    due_bonus bigint;
+    took record;
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
+    due := farebox.share_of(sold.credits, back, sold.received) - sold.taken;
+    due_bonus := farebox.share_of(sold.bonus, back, sold.received) - sold.bonus_taken;
+    IF due > 0 OR _freed > 0 THEN
+        took := farebox.take(
+            sold.account_id, _kind, greatest(due, 0), _reference, 'stripe', _reason, sold.credit_version, false, _freed
+        );
+        IF took.taken <> greatest(due, 0) THEN
+            RAISE EXCEPTION '% took % of order % before', _reference, took.taken, _order_id USING ERRCODE = 'XX001';
+        END IF;
+    ELSIF due < 0 THEN
+        PERFORM farebox.give_back(
+            sold.account_id, _kind || '_return', -due, _reference, 'stripe', _reason, sold.credit_version,
+            farebox.taking_references(_order_id, '')
+        );
+    END IF;
+    IF _more AND (due_bonus > 0 OR _freed_bonus > 0) THEN
+        took := farebox.take(
+            sold.account_id, _kind, greatest(due_bonus, 0), _reference || ':bonus', 'stripe', _reason,
+            sold.bonus_version, true, _freed_bonus
+        );
+        due_bonus := took.taken;
+    ELSIF due_bonus < 0 THEN
+        PERFORM farebox.give_back(
+            sold.account_id, _kind || '_return', -due_bonus, _reference || ':bonus', 'stripe', _reason,
+            sold.bonus_version, farebox.taking_references(_order_id, ':bonus')
+        );
+    ELSE
+        due_bonus := 0;
+    END IF;
+    UPDATE farebox.orders AS o
+       SET taken = o.taken + due, bonus_taken = o.bonus_taken + due_bonus, changed_at = clock_timestamp()
+     WHERE o.id = _order_id AND (due <> 0 OR due_bonus <> 0);
+    moved := due + due_bonus;
+END
+$$;
+
 CREATE FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) RETURNS farebox.purse
     LANGUAGE plpgsql
     AS $$
@@ -3392,6 +3853,12 @@ BEGIN
         PERFORM farebox.count_spend(_key_id, -freed, due);
     END IF;
 END
+$$;
+
+CREATE FUNCTION farebox.share_of(_credits bigint, _money bigint, _received bigint) RETURNS bigint
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE WHEN _received > 0 THEN div(_credits::numeric * _money, _received)::bigint ELSE 0 END
 $$;
 
 CREATE FUNCTION farebox.spend_left(_key_id text) RETURNS bigint
@@ -3595,6 +4062,18 @@ BEGIN
      WHERE e.id = _id;
     RETURN CASE WHEN _outcome IS NULL THEN 'taken' ELSE 'processed' END;
 END
+$$;
+
+CREATE FUNCTION farebox.taking_references(_order_id uuid, _suffix text) RETURNS text[]
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT ARRAY(
+        SELECT r.id || _suffix FROM farebox.stripe_refunds r WHERE r.order_id = _order_id
+        UNION ALL
+        SELECT farebox.dispute_reference(d.id, n) || _suffix
+          FROM farebox.disputes d, generate_series(1, greatest(d.takings, d.returns)) AS n
+         WHERE d.order_id = _order_id
+    )
 $$;
 
 CREATE FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb DEFAULT '{}'::jsonb) RETURNS void
@@ -3985,13 +4464,22 @@ CREATE TABLE farebox.auto_topups (
     CONSTRAINT auto_topups_threshold_check CHECK ((threshold >= 0))
 );
 
+CREATE SEQUENCE farebox.dispute_questions
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
 CREATE TABLE farebox.disputes (
     id text NOT NULL,
     order_id uuid NOT NULL,
     amount bigint NOT NULL,
     status text NOT NULL,
-    status_rank integer NOT NULL,
+    asked bigint NOT NULL,
     withdrawn boolean NOT NULL,
+    takings integer DEFAULT 0 NOT NULL,
+    returns integer DEFAULT 0 NOT NULL,
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     CONSTRAINT disputes_amount_check CHECK ((amount > 0))
@@ -4082,26 +4570,6 @@ CREATE TABLE farebox.promo_refusals (
     account_id uuid NOT NULL,
     since timestamp with time zone NOT NULL,
     refusals integer NOT NULL
-);
-
-CREATE TABLE farebox.refund_requests (
-    id uuid NOT NULL,
-    order_id uuid NOT NULL,
-    account_id uuid NOT NULL,
-    amount bigint NOT NULL,
-    credits bigint NOT NULL,
-    bonus bigint NOT NULL,
-    state text DEFAULT 'held'::text NOT NULL,
-    refund text,
-    actor text NOT NULL,
-    reason text,
-    problem text,
-    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    CONSTRAINT refund_requests_amount_check CHECK ((amount > 0)),
-    CONSTRAINT refund_requests_bonus_check CHECK ((bonus >= 0)),
-    CONSTRAINT refund_requests_credits_check CHECK ((credits >= 0)),
-    CONSTRAINT refund_requests_state_check CHECK ((state = ANY (ARRAY['held'::text, 'done'::text, 'released'::text])))
 );
 
 CREATE TABLE farebox.schema_migrations (
@@ -4322,6 +4790,8 @@ CREATE INDEX outbox_due ON farebox.outbox USING btree (next_at) WHERE ((delivere
 
 CREATE INDEX refund_requests_held ON farebox.refund_requests USING btree (created_at) WHERE (state = 'held'::text);
 
+CREATE UNIQUE INDEX refund_requests_one_held ON farebox.refund_requests USING btree (order_id) WHERE (state = 'held'::text);
+
 CREATE INDEX seals_ended_to ON farebox.seals USING btree (ended_to) WHERE (ended_to IS NOT NULL);
 
 CREATE INDEX spend_limits_account ON farebox.spend_limits USING btree (account_id);
@@ -4465,6 +4935,15 @@ GRANT ALL ON FUNCTION farebox.account_frozen(_account_id uuid) TO farebox_gatewa
 REVOKE ALL ON FUNCTION farebox.advance_order(_id uuid, _state text, _payment_intent text, _problem text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.advance_order(_id uuid, _state text, _payment_intent text, _problem text) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.apply_dispute(_dispute_id text, _payment_intent text, _amount bigint, _currency text, _status text, _withdrawn boolean, _asked bigint, OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint, OUT froze boolean) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.apply_dispute(_dispute_id text, _payment_intent text, _amount bigint, _currency text, _status text, _withdrawn boolean, _asked bigint, OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint, OUT froze boolean) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.apply_refund(_refund_id text, _payment_intent text, _amount bigint, _currency text, _status text, _request_id uuid, _problem text, OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.apply_refund(_refund_id text, _payment_intent text, _amount bigint, _currency text, _status text, _request_id uuid, _problem text, OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.ask_dispute() FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.ask_dispute() TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.audit() FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.audit() TO farebox_control;
 
@@ -4503,6 +4982,8 @@ REVOKE ALL ON FUNCTION farebox.audit_step_rows(_steps farebox.audit_step[]) FROM
 REVOKE ALL ON FUNCTION farebox.audit_steps(_rows integer) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_stretch(_account_id uuid, _first bigint, _seals integer) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_takings() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_visibility() FROM PUBLIC;
 
@@ -4558,6 +5039,10 @@ REVOKE ALL ON FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bi
 
 REVOKE ALL ON FUNCTION farebox.credits_text(_microcredits bigint) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.dispute_freezes(_status text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.dispute_reference(_dispute_id text, _n integer) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) TO farebox_control;
 
@@ -4567,6 +5052,10 @@ REVOKE ALL ON FUNCTION farebox.draw_stretch(_account_id uuid, _after bigint, _up
 
 REVOKE ALL ON FUNCTION farebox.end_promo(_code text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.end_promo(_code text) TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.refund_requests TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.end_refund_request(_request farebox.refund_requests, _state text, _refund_id text, _problem text) FROM PUBLIC;
 
 GRANT SELECT ON TABLE farebox.holds TO farebox_control;
 GRANT SELECT ON TABLE farebox.holds TO farebox_reader;
@@ -4608,15 +5097,21 @@ GRANT ALL ON FUNCTION farebox.forget_keys(_limit integer, _keep interval) TO far
 REVOKE ALL ON FUNCTION farebox.forget_messages(_age interval, _stale interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.forget_messages(_age interval, _stale interval) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.free_hold(_request farebox.refund_requests) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.free_key(_account_id uuid, _key_hash bytea, _hold_id uuid) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.freeze_account(_account_id uuid, _reference text, _reason text, _actor text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.freeze_account(_account_id uuid, _reference text, _reason text, _actor text) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.freeze_for_dispute(_account_id uuid, _dispute_id text, _status text, _payment_intent text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.frozen(_account_id uuid, _reference text, _reason text, _actor text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.give_back(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_version bigint, _references text[], OUT outcome text, OUT transfer_version bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.gone_back(_order_id uuid) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.grant_credits(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) TO farebox_control;
@@ -4628,6 +5123,11 @@ REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBL
 
 REVOKE ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
+
+GRANT SELECT ON TABLE farebox.orders TO farebox_control;
+GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
 
@@ -4678,8 +5178,8 @@ GRANT ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) 
 
 REVOKE ALL ON FUNCTION farebox.open_purse(_account_id uuid) FROM PUBLIC;
 
-GRANT SELECT ON TABLE farebox.orders TO farebox_control;
-GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
+REVOKE ALL ON FUNCTION farebox.open_refund_request(_id uuid, _order_id uuid, _amount bigint, _owing boolean, _step integer, _actor text, _reason text, OUT outcome text, OUT request_id uuid, OUT amount bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.open_refund_request(_id uuid, _order_id uuid, _amount bigint, _owing boolean, _step integer, _actor text, _reason text, OUT outcome text, OUT request_id uuid, OUT amount bigint) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.order_mismatch(_sold farebox.orders, _account_id uuid, _payment_intent text, _session_id text, _customer text, _livemode boolean, _currency text, _subtotal bigint, _discount bigint, _tax bigint, _total bigint, _received bigint) FROM PUBLIC;
 
@@ -4715,7 +5215,12 @@ GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO fa
 REVOKE ALL ON FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) TO farebox_control;
 
+REVOKE ALL ON FUNCTION farebox.refund_rank(_status text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.refuse_change() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.release_refund_request(_id uuid, _problem text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.release_refund_request(_id uuid, _problem text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.renew(_worker_id uuid, _beat bigint, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.renew(_worker_id uuid, _beat bigint, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
@@ -4758,7 +5263,11 @@ REVOKE ALL ON FUNCTION farebox.set_spend_limit(_key_id text, _spend_limit bigint
 
 REVOKE ALL ON FUNCTION farebox.settle_order(_order_id uuid, _kind text, _payment text, _payment_intent text, _session_id text, _customer text, _payment_method text, _subtotal bigint, _discount bigint, _tax bigint, _received bigint, _expires_at timestamp with time zone) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.settle_takings(_order_id uuid, _kind text, _reference text, _more boolean, _reason text, _freed bigint, _freed_bonus bigint, OUT moved bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.settled(INOUT purse farebox.purse, _state text, _amount bigint, _charged bigint, _key_id text, _charge bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.share_of(_credits bigint, _money bigint, _received bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.spend_left(_key_id text) FROM PUBLIC;
 
@@ -4777,6 +5286,8 @@ REVOKE ALL ON FUNCTION farebox.take(_account_id uuid, _kind text, _amount bigint
 
 REVOKE ALL ON FUNCTION farebox.take_event(_id text, _type text, _livemode boolean, _object_id text, _created timestamp with time zone, _outcome text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.take_event(_id text, _type text, _livemode boolean, _object_id text, _created timestamp with time zone, _outcome text) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.taking_references(_order_id uuid, _suffix text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.tell(_type text, _account_id uuid, _reference text, _data jsonb) FROM PUBLIC;
 
@@ -4829,8 +5340,6 @@ GRANT SELECT ON TABLE farebox.prices TO farebox_reader;
 GRANT SELECT ON TABLE farebox.promo_codes TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.promo_redemptions TO farebox_control;
-
-GRANT SELECT ON TABLE farebox.refund_requests TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.schema_migrations TO farebox_control;
 

@@ -182,7 +182,8 @@ CREATE TABLE farebox.stripe_refunds (
 );
 CREATE INDEX stripe_refunds_order ON farebox.stripe_refunds (order_id);
 
--- What `farebox refund` asks for: written, with its hold of the same id, before Stripe hears of it.
+-- What `farebox refund` asks for: written, with its hold of the same id, before Stripe hears of it. The hold has credits
+-- and bonus; reserved: how much of the credits the purchase's own lot has spoken for. The bonus's lot has all of it.
 CREATE TABLE farebox.refund_requests (
     id uuid PRIMARY KEY,
     order_id uuid NOT NULL REFERENCES farebox.orders,
@@ -190,6 +191,7 @@ CREATE TABLE farebox.refund_requests (
     amount bigint NOT NULL CHECK (amount > 0),
     credits bigint NOT NULL CHECK (credits >= 0),
     bonus bigint NOT NULL CHECK (bonus >= 0),
+    reserved bigint NOT NULL CHECK (reserved BETWEEN 0 AND credits),
     state text NOT NULL DEFAULT 'held' CHECK (state IN ('held', 'done', 'released')),
     refund text UNIQUE,
     actor text NOT NULL,
@@ -199,14 +201,21 @@ CREATE TABLE farebox.refund_requests (
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX refund_requests_held ON farebox.refund_requests (created_at) WHERE state = 'held';
+CREATE UNIQUE INDEX refund_requests_one_held ON farebox.refund_requests (order_id) WHERE state = 'held';
 
+-- What Stripe calls disputes. Their statuses come in no order that could be relied on (an appeal follows a loss), so what
+-- is older is told by when it was asked for: asked is a number that only rises, taken before the dispute was fetched.
+-- takings, returns: how often it took credits and gave them back.
+CREATE SEQUENCE farebox.dispute_questions;
 CREATE TABLE farebox.disputes (
     id text PRIMARY KEY,
     order_id uuid NOT NULL REFERENCES farebox.orders,
     amount bigint NOT NULL CHECK (amount > 0),
     status text NOT NULL,
-    status_rank integer NOT NULL,
+    asked bigint NOT NULL,
     withdrawn boolean NOT NULL,
+    takings integer NOT NULL DEFAULT 0,
+    returns integer NOT NULL DEFAULT 0,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );

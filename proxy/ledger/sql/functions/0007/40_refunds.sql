@@ -1,0 +1,333 @@
+-- What Stripe's refunds take back of a purchase, and what `farebox refund` holds until Stripe has answered.
+
+-- Of what was received, how much went back by now: refunds that stand, and disputes that have the money.
+CREATE FUNCTION farebox.gone_back(_order_id uuid) RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT least(
+        (SELECT o.received FROM farebox.orders o WHERE o.id = _order_id),
+        (SELECT coalesce(sum(r.amount), 0) FROM farebox.stripe_refunds r WHERE r.order_id = _order_id AND r.active)
+        + (SELECT coalesce(sum(d.amount), 0) FROM farebox.disputes d WHERE d.order_id = _order_id AND d.withdrawn)
+    )::bigint
+$$;
+
+-- How many of the credits go with so much of the money, rounded down.
+CREATE FUNCTION farebox.share_of(_credits bigint, _money bigint, _received bigint) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN _received > 0 THEN div(_credits::numeric * _money, _received)::bigint ELSE 0 END
+$$;
+
+-- What a dispute's n-th taking is called, and its n-th return.
+CREATE FUNCTION farebox.dispute_reference(_dispute_id text, _n integer) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT _dispute_id || CASE WHEN _n > 1 THEN ':' || _n ELSE '' END
+$$;
+
+-- What all takings from the order's credits (_suffix '') or bonus (':bonus') may be called.
+CREATE FUNCTION farebox.taking_references(_order_id uuid, _suffix text) RETURNS text[]
+LANGUAGE sql STABLE AS $$
+    SELECT ARRAY(
+        SELECT r.id || _suffix FROM farebox.stripe_refunds r WHERE r.order_id = _order_id
+        UNION ALL
+        SELECT farebox.dispute_reference(d.id, n) || _suffix
+          FROM farebox.disputes d, generate_series(1, greatest(d.takings, d.returns)) AS n
+         WHERE d.order_id = _order_id
+    )
+$$;
+
+-- Brings what was taken of an order to what its refunds and disputes come to, whatever came in which order: the
+-- difference leaves the account as _kind, or comes back as _kind || '_return'. Credits that were spent are lent, as debt;
+-- of the bonus goes only what is left. _more: whether more of the money has gone back than before, or less. _freed,
+-- _freed_bonus: what a hold had for it, which ends with this.
+-- The caller has taken lock_reference, locked the account, and seen that this is news: it is done once for each change.
+-- moved: the credits that left; negative: that came back.
+CREATE FUNCTION farebox.settle_takings(
+    _order_id uuid, _kind text, _reference text, _more boolean, _reason text, _freed bigint, _freed_bonus bigint,
+    OUT moved bigint
+)
+LANGUAGE plpgsql AS $$
+DECLARE
+    sold farebox.orders;
+    back bigint := farebox.gone_back(_order_id);
+    due bigint;
+    due_bonus bigint;
+    took record;
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
+    due := farebox.share_of(sold.credits, back, sold.received) - sold.taken;
+    due_bonus := farebox.share_of(sold.bonus, back, sold.received) - sold.bonus_taken;
+    IF due > 0 OR _freed > 0 THEN
+        took := farebox.take(
+            sold.account_id, _kind, greatest(due, 0), _reference, 'stripe', _reason, sold.credit_version, false, _freed
+        );
+        IF took.taken <> greatest(due, 0) THEN
+            RAISE EXCEPTION '% took % of order % before', _reference, took.taken, _order_id USING ERRCODE = 'XX001';
+        END IF;
+    ELSIF due < 0 THEN
+        PERFORM farebox.give_back(
+            sold.account_id, _kind || '_return', -due, _reference, 'stripe', _reason, sold.credit_version,
+            farebox.taking_references(_order_id, '')
+        );
+    END IF;
+    IF _more AND (due_bonus > 0 OR _freed_bonus > 0) THEN
+        took := farebox.take(
+            sold.account_id, _kind, greatest(due_bonus, 0), _reference || ':bonus', 'stripe', _reason,
+            sold.bonus_version, true, _freed_bonus
+        );
+        due_bonus := took.taken;
+    ELSIF due_bonus < 0 THEN
+        PERFORM farebox.give_back(
+            sold.account_id, _kind || '_return', -due_bonus, _reference || ':bonus', 'stripe', _reason,
+            sold.bonus_version, farebox.taking_references(_order_id, ':bonus')
+        );
+    ELSE
+        due_bonus := 0;
+    END IF;
+    UPDATE farebox.orders AS o
+       SET taken = o.taken + due, bonus_taken = o.bonus_taken + due_bonus, changed_at = clock_timestamp()
+     WHERE o.id = _order_id AND (due <> 0 OR due_bonus <> 0);
+    moved := due + due_bonus;
+END
+$$;
+
+-- A later status of a refund has a higher rank. NULL: there is no such status.
+CREATE FUNCTION farebox.refund_rank(_status text) RETURNS integer
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE _status
+        WHEN 'pending' THEN 1 WHEN 'requires_action' THEN 1 WHEN 'succeeded' THEN 2 WHEN 'failed' THEN 3
+        WHEN 'canceled' THEN 3
+    END
+$$;
+
+-- A refund as fetched from Stripe. _request_id: the request of ours that its metadata name: its hold ends with this.
+-- Outcomes: taken, returned (moved says how much: negative), known (nothing new), stale (something later is known),
+-- not_ours (no order has this payment), not_paid (one has, which isn't paid), conflict (the refund was another order's,
+-- or of another amount or currency), unknown_status.
+CREATE FUNCTION farebox.apply_refund(
+    _refund_id text, _payment_intent text, _amount bigint, _currency text, _status text, _request_id uuid,
+    _problem text,
+    OUT outcome text, OUT order_id uuid, OUT account_id uuid, OUT moved bigint
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    sold farebox.orders;
+    known farebox.stripe_refunds;
+    request farebox.refund_requests;
+    rank integer := farebox.refund_rank(_status);
+    stands boolean := rank < 3;
+BEGIN
+    moved := 0;
+    PERFORM farebox.lock_reference('refund', _refund_id);
+    PERFORM farebox.lock_accounts(
+        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
+    );
+    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT * INTO known FROM farebox.stripe_refunds r WHERE r.id = _refund_id;
+    order_id := sold.id;
+    account_id := sold.account_id;
+    outcome := CASE
+        WHEN rank IS NULL THEN 'unknown_status'
+        WHEN sold.id IS NULL THEN 'not_ours'
+        WHEN sold.state <> 'paid' THEN 'not_paid'
+        WHEN (known.order_id, known.amount) <> (sold.id, _amount) OR sold.currency <> _currency THEN 'conflict'
+        WHEN known.status_rank > rank THEN 'stale'
+    END;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    INSERT INTO farebox.stripe_refunds AS r (id, order_id, amount, status, status_rank, active)
+    VALUES (_refund_id, sold.id, _amount, _status, rank, stands)
+    ON CONFLICT (id) DO UPDATE
+       SET status = _status, status_rank = rank, active = stands, changed_at = clock_timestamp()
+     WHERE r.status <> _status;
+    SELECT * INTO request
+      FROM farebox.refund_requests r
+     WHERE r.id = _request_id AND r.order_id = sold.id AND r.amount = _amount AND r.state = 'held';
+    IF request.id IS NOT NULL THEN
+        PERFORM farebox.end_refund_request(
+            request, CASE WHEN stands THEN 'done' ELSE 'released' END, _refund_id, coalesce(_problem, _status)
+        );
+    END IF;
+    IF coalesce(known.active, false) <> stands THEN
+        moved := farebox.settle_takings(
+            sold.id, 'refund', _refund_id, stands, coalesce(request.reason, 'refund of order ' || sold.id),
+            CASE WHEN stands THEN coalesce(request.credits, 0) ELSE 0 END,
+            CASE WHEN stands THEN coalesce(request.bonus, 0) ELSE 0 END
+        );
+    END IF;
+    IF request.id IS NOT NULL AND NOT (stands AND known.active IS NOT TRUE) THEN
+        PERFORM farebox.free_hold(request);
+    END IF;
+    outcome := CASE WHEN moved > 0 THEN 'taken' WHEN moved < 0 THEN 'returned' ELSE 'known' END;
+END
+$$;
+
+-- The request has ended: so have its hold, whose credits are the caller's to free, and what its lots spoke for.
+CREATE FUNCTION farebox.end_refund_request(
+    _request farebox.refund_requests, _state text, _refund_id text, _problem text
+) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    sold farebox.orders;
+    hold farebox.holds;
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _request.order_id;
+    SELECT * INTO hold FROM farebox.holds h WHERE h.id = _request.id;
+    IF (hold.state, hold.account_id, hold.amount)
+        IS DISTINCT FROM ('open', _request.account_id, _request.credits + _request.bonus) THEN
+        RAISE EXCEPTION 'refund request % has lost its hold', _request.id USING ERRCODE = 'XX001';
+    END IF;
+    hold.state := 'released';
+    hold.charge := 0;
+    hold.ending := CASE _state WHEN 'done' THEN 'refunded' ELSE 'released' END;
+    hold.ended_at := clock_timestamp();
+    PERFORM farebox.write_down(NULL, NULL, NULL, ARRAY[hold], hold.ended_at);
+    PERFORM farebox.unreserve_lot(_request.account_id, sold.credit_version, _request.reserved);
+    PERFORM farebox.unreserve_lot(_request.account_id, sold.bonus_version, _request.bonus);
+    UPDATE farebox.refund_requests AS r
+       SET state = _state, refund = _refund_id, problem = CASE _state WHEN 'released' THEN _problem END,
+           changed_at = hold.ended_at
+     WHERE r.id = _request.id;
+END
+$$;
+
+-- What the request held is available again, to a debt before all.
+CREATE FUNCTION farebox.free_hold(_request farebox.refund_requests) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    purse farebox.purse := farebox.moved(
+        farebox.open_purse(_request.account_id), NULL, 0, _request.credits + _request.bonus
+    );
+BEGIN
+    PERFORM farebox.write_down(
+        ARRAY[purse], ARRAY[farebox.a_move(purse, _request.id)], NULL, NULL, clock_timestamp()
+    );
+END
+$$;
+
+-- Writes down that a part of an order's payment is to be refunded, and holds the credits that go with it: of the purchase
+-- first. Before Stripe hears of it; its id is the idempotency key there. _amount: money; NULL: for what of the purchase
+-- isn't spent, rounded down to a multiple of _step, or, with _owing, for all that is left of the payment.
+-- Outcomes: done, also where the same was asked before; unknown: no such order; no_payment: it isn't paid, or nothing was
+-- paid for it; under_way: another request of the order is (request_id); refunded: nothing is left of the payment; spent:
+-- nothing is left of the purchase; above_payment: more than is left of the payment (amount); insufficient: the credits
+-- that go with it aren't available: spent, or held by calls that run. amount: for how much they are. Not with _owing:
+-- what isn't available is then owed.
+CREATE FUNCTION farebox.open_refund_request(
+    _id uuid, _order_id uuid, _amount bigint, _owing boolean, _step integer, _actor text, _reason text,
+    OUT outcome text, OUT request_id uuid, OUT amount bigint
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    sold farebox.orders;
+    purse farebox.purse;
+    request farebox.refund_requests;
+    back bigint;
+    available bigint;
+    unspent bigint;
+    due bigint;
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.id = _order_id), NULL);
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id FOR UPDATE;
+    SELECT r.id, r.amount INTO request_id, amount
+      FROM farebox.refund_requests r WHERE r.id = _id OR (r.order_id = _order_id AND r.state = 'held')
+     ORDER BY r.id <> _id LIMIT 1;
+    outcome := CASE
+        WHEN sold.id IS NULL THEN 'unknown'
+        WHEN request_id = _id THEN 'done'
+        WHEN request_id IS NOT NULL THEN 'under_way'
+        WHEN sold.state <> 'paid' OR sold.payment_intent IS NULL OR sold.received = 0 THEN 'no_payment'
+    END;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    PERFORM farebox.draw_lots(sold.account_id, NULL, NULL);
+    purse := farebox.open_purse(sold.account_id);
+    back := farebox.gone_back(_order_id);
+    available := purse.balance - purse.held;
+    SELECT least(available, l.remaining - l.reserved - l.owed) INTO unspent
+      FROM farebox.lots l WHERE l.account_id = sold.account_id AND l.version = sold.credit_version;
+    amount := CASE
+        WHEN _amount IS NOT NULL THEN _amount
+        WHEN _owing THEN sold.received - back
+        ELSE least(farebox.share_of(sold.received, coalesce(unspent, 0), sold.credits), sold.received - back)
+            / _step * _step
+    END;
+    -- The credits between what so much of the money came to before, and comes to then.
+    due := farebox.share_of(sold.credits, back + amount, sold.received) - sold.taken;
+    outcome := CASE
+        WHEN sold.received = back THEN 'refunded'
+        WHEN amount > sold.received - back THEN 'above_payment'
+        WHEN amount = 0 THEN 'spent'
+        WHEN due > available AND NOT _owing THEN 'insufficient'
+    END;
+    IF outcome IS NOT NULL THEN
+        amount := CASE outcome
+            WHEN 'insufficient' THEN greatest(
+                farebox.share_of(sold.received, sold.taken + available, sold.credits) - back, 0
+            ) / _step * _step
+            ELSE sold.received - back
+        END;
+        RETURN;
+    END IF;
+    request := farebox.held_for_refund(_id, sold, purse, amount, least(due, available), _actor, _reason);
+    outcome := 'done';
+    request_id := request.id;
+END
+$$;
+
+-- Holds _credits, and what of the bonus goes with them and is left. The caller has seen that so much is available.
+CREATE FUNCTION farebox.held_for_refund(
+    _id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text
+) RETURNS farebox.refund_requests
+LANGUAGE plpgsql AS $$
+DECLARE
+    at timestamptz := clock_timestamp();
+    bonus bigint := farebox.share_of(
+        _sold.bonus, farebox.gone_back(_sold.id) + _amount, _sold.received
+    ) - _sold.bonus_taken;
+    request farebox.refund_requests;
+    hold farebox.holds;
+BEGIN
+    bonus := greatest(least(bonus, _purse.balance - _purse.held - _credits), 0);
+    request := (
+        _id, _sold.id, _sold.account_id, _amount, _credits,
+        farebox.reserve_lot(_sold.account_id, _sold.bonus_version, bonus),
+        farebox.reserve_lot(_sold.account_id, _sold.credit_version, _credits),
+        'held', NULL, _actor, _reason, NULL, at, at
+    )::farebox.refund_requests;
+    hold := (
+        _id, _sold.account_id, 'open', request.credits + request.bonus, NULL, NULL, NULL, NULL, NULL,
+        jsonb_build_object('refund_of', _sold.id)::text, NULL, NULL, at, NULL,
+        0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    )::farebox.holds;
+    PERFORM farebox.write_down(
+        ARRAY[farebox.moved(_purse, NULL, 0, -hold.amount)], NULL, ARRAY[hold], NULL, at
+    );
+    INSERT INTO farebox.refund_requests SELECT request.*;
+    RETURN request;
+END
+$$;
+
+-- There will be no refund for this request: what it held is available again. Says what the request is by now: released,
+-- done (its refund came first), or NULL where there is none.
+CREATE FUNCTION farebox.release_refund_request(_id uuid, _problem text) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    request farebox.refund_requests;
+BEGIN
+    PERFORM farebox.lock_accounts(
+        ARRAY(SELECT r.account_id FROM farebox.refund_requests r WHERE r.id = _id), NULL
+    );
+    SELECT * INTO request FROM farebox.refund_requests r WHERE r.id = _id;
+    IF request.state = 'held' THEN
+        PERFORM farebox.end_refund_request(request, 'released', NULL, _problem);
+        PERFORM farebox.free_hold(request);
+        RETURN 'released';
+    END IF;
+    RETURN request.state;
+END
+$$;
+
+GRANT EXECUTE ON FUNCTION
+    farebox.apply_refund, farebox.open_refund_request, farebox.release_refund_request
+TO farebox_control;

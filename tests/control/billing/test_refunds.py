@@ -1,0 +1,266 @@
+"""Refunds that Stripe tells of: each takes what it comes to, once, in whatever order they come, over a real ledger and
+the real Stripe client."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from proxy.control.billing.disputes import DisputeDesk
+from proxy.control.billing.refunds import RefundDesk
+from proxy.ledger.audit import audit
+from proxy.ledger.disputes import DisputeLedger
+from proxy.ledger.orders import Order
+from proxy.ledger.refunds import RefundLedger
+from tests.control.billing.till import Desk
+
+# 10 dollars for 1,000 credits: a cent is a credit.
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Refunds and disputes beside the till."""
+
+    desk: Desk
+    refunds: RefundDesk
+    disputes: DisputeDesk
+
+    async def sold(self, *, account_id: UUID | None = None, tax: int = 0, **changes: Any) -> tuple[Order, str]:
+        """An order that was paid, and its PaymentIntent."""
+        order, intent = await self.paid_unseen(account_id=account_id, tax=tax, **changes)
+        assert (await self.desk.till.apply_payment(payment_intent=intent)).outcome == "paid"
+        return await self.desk.orders.find(order.id), intent
+
+    async def paid_unseen(self, *, account_id: UUID | None = None, tax: int = 0, **changes: Any) -> tuple[Order, str]:
+        """An order that was paid at Stripe, of which nothing has been heard here."""
+        order = await self.desk.order(account_id, **changes)
+        intent = self.desk.stripe.checkout.pay(await self.desk.session(order), tax=tax)
+        assert intent is not None
+        return order, intent
+
+    async def refund(self, intent: str, amount: int | None = None, **given: Any) -> str:
+        """As somebody does in Stripe's dashboard; applied."""
+        refund = self.desk.stripe.refunds.create(intent, amount, **given)["id"]
+        await self.refunds.apply(refund)
+        return str(refund)
+
+    async def spend(self, order: Order, amount: int) -> None:
+        key = await self.desk.bank.open_key(order.account_id)
+        row, _ = await self.desk.bank.reserve(key, amount)
+        await self.desk.bank.finalize(row, amount)
+
+    async def money(self, order: Order) -> tuple[int, int, int]:
+        return await self.desk.bank.money(order.account_id)
+
+    async def taken(self, order: Order) -> tuple[int, int]:
+        found = await self.desk.orders.find(order.id)
+        return found.taken, found.bonus_taken
+
+    async def lots(self, order: Order) -> list[tuple[str, int, int, int]]:
+        """Kind, remaining, reserved and owed of the account's lots."""
+        await self.desk.bank.control._pool.fetch("SELECT farebox.draw_lots($1, NULL, NULL)", order.account_id)
+        rows = await self.desk.bank.control._pool.fetch(
+            "SELECT kind, remaining, reserved, owed FROM farebox.lots WHERE account_id = $1 ORDER BY version",
+            order.account_id,
+        )
+        return [tuple(row) for row in rows]
+
+    async def audit(self) -> None:
+        checks = await audit(self.desk.bank.owner)
+        assert [check for check in checks if not check.ok] == []
+
+
+@pytest.fixture
+async def counter(desk: Desk) -> AsyncIterator[Counter]:
+    pool = desk.bank.control._pool
+    opened = Counter(
+        desk,
+        RefundDesk(desk.api, RefundLedger(pool), desk.till),
+        DisputeDesk(desk.api, DisputeLedger(pool), desk.till),
+    )
+    yield opened
+    await opened.audit()
+
+
+async def test_a_partial_refund_takes_its_share_of_what_was_bought(counter: Counter) -> None:
+    order, intent = await counter.sold(bonus=100, tax=190)
+    # 595 of 1190 is half, whatever of it was tax.
+    refund = await counter.refund(intent, 595)
+    assert await counter.money(order) == (550, 0, 0)
+    assert await counter.taken(order) == (500, 50)
+    assert await counter.lots(order) == [("paid", 500, 0, 0), ("promo", 50, 0, 0)]
+    book = {
+        t.reference: (t.kind, t.amount, t.credit) for t in await counter.desk.bank.control.transfers(order.account_id)
+    }
+    assert book[refund] == ("refund", 500, "refunds")
+    assert book[f"{refund}:bonus"] == ("refund", 50, "refunds")
+
+
+async def test_several_refunds_take_together_what_their_sum_comes_to(counter: Counter) -> None:
+    order, intent = await counter.sold(credits=1000, price=700, bonus=10)
+    for expected in (142, 285, 428, 571, 714, 857, 1000):
+        await counter.refund(intent, 100)
+        assert (await counter.taken(order))[0] == expected
+    assert await counter.money(order) == (0, 0, 0)
+
+
+async def test_twice_late_and_by_eight_at_once_is_once(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    refund = counter.desk.stripe.refunds.create(intent, 300)["id"]
+    outcomes = await asyncio.gather(*(counter.refunds.apply(refund) for _ in range(8)))
+    assert sorted(outcomes) == ["known"] * 7 + ["taken"]
+    assert await counter.money(order) == (700, 0, 0)
+
+
+async def test_a_refund_that_fails_is_put_back_once(counter: Counter) -> None:
+    order, intent = await counter.sold(bonus=100)
+    refund = await counter.refund(intent, 400, beginning="pending")
+    assert await counter.money(order) == (660, 0, 0)
+    counter.desk.stripe.refunds.settle(refund, "failed")
+    outcomes = await asyncio.gather(*(counter.refunds.apply(refund) for _ in range(8)))
+    assert sorted(outcomes) == ["known"] * 7 + ["returned"]
+    assert await counter.money(order) == (1100, 0, 0)
+    assert await counter.taken(order) == (0, 0)
+    assert await counter.lots(order) == [("paid", 1000, 0, 0), ("promo", 100, 0, 0)]
+
+
+async def test_one_that_failed_before_anything_was_heard_of_it_takes_nothing(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    refund = counter.desk.stripe.refunds.create(intent, 400, beginning="pending")["id"]
+    counter.desk.stripe.refunds.settle(refund, "failed")
+    assert await counter.refunds.apply(refund) == "known"
+    assert await counter.desk.bank.book(order.account_id) == [("purchase", 1000)]
+
+
+async def test_a_stale_answer_can_t_undo_a_later_one(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    refund = await counter.refund(intent, 400, beginning="pending")
+    counter.desk.stripe.refunds.settle(refund, "failed")
+    await counter.refunds.apply(refund)
+    again = await counter.refunds._ledger.apply(
+        refund, payment_intent=intent, amount=400, currency="usd", status="succeeded", request_id=None, problem=None
+    )
+    assert again.outcome == "stale"
+    assert await counter.money(order) == (1000, 0, 0)
+
+
+async def test_a_refund_that_is_heard_of_before_its_payment_finds_it_paid(counter: Counter) -> None:
+    order, intent = await counter.paid_unseen()
+    refund = counter.desk.stripe.refunds.create(intent, 250)["id"]
+    assert await counter.refunds.apply(refund) == "taken"
+    assert await counter.money(order) == (750, 0, 0)
+
+
+async def test_what_was_spent_becomes_debt_and_the_next_credits_pay_it(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    await counter.spend(order, 900)
+    await counter.refund(intent)
+    assert await counter.money(order) == (0, 0, 900)
+    await counter.sold(account_id=order.account_id)
+    assert await counter.money(order) == (100, 0, 0)
+
+
+async def test_other_credits_are_taken_before_a_debt_is_made(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    await counter.desk.bank.control.grant(order.account_id, 500, reference=f"g {order.id}", actor="test")
+    await counter.spend(order, 800)
+    await counter.refund(intent)
+    assert await counter.money(order) == (0, 0, 300)
+
+
+async def test_a_bonus_that_was_spent_is_no_debt(counter: Counter) -> None:
+    order, intent = await counter.sold(bonus=200)
+    await counter.spend(order, 150)  # of the bonus, which goes first
+    refund = await counter.refund(intent)
+    assert await counter.money(order) == (0, 0, 0)
+    assert await counter.taken(order) == (1000, 50)
+    counter.desk.stripe.refunds.settle(refund, "failed")
+    await counter.refunds.apply(refund)
+    assert await counter.money(order) == (1050, 0, 0)
+    assert await counter.taken(order) == (0, 0)
+
+
+async def test_a_running_call_keeps_what_it_holds(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    key = await counter.desk.bank.open_key(order.account_id)
+    row, _ = await counter.desk.bank.reserve(key, 400)
+    await counter.refund(intent)
+    assert await counter.money(order) == (400, 400, 400)
+    await counter.desk.bank.finalize(row, 100)
+    assert await counter.money(order) == (0, 0, 100)
+
+
+async def test_to_apply_again_takes_no_more_though_more_is_there(counter: Counter) -> None:
+    order, intent = await counter.sold(bonus=200)
+    key = await counter.desk.bank.open_key(order.account_id)
+    row, _ = await counter.desk.bank.reserve(key, 200)
+    await counter.desk.bank.finalize(row, 200)
+    refund = await counter.refund(intent, beginning="pending")
+    await counter.desk.bank.control.reverse(row.hold_id, 200, reference=f"r {order.id}", actor="test", reason="why")
+    counter.desk.stripe.refunds.settle(refund, "succeeded")
+    assert await counter.refunds.apply(refund) == "known"
+    assert await counter.money(order) == (200, 0, 0)
+
+
+@pytest.mark.parametrize("order_of", list(itertools.permutations(range(3))), ids=str)
+async def test_refunds_and_disputes_overlap_in_any_order(counter: Counter, order_of: tuple[int, ...]) -> None:
+    order, intent = await counter.sold()
+    first = counter.desk.stripe.refunds.create(intent, 300)["id"]
+    second = counter.desk.stripe.refunds.create(intent, 200, beginning="pending")["id"]
+    dispute = counter.desk.stripe.disputes.open(intent)
+    steps = [
+        lambda: counter.refunds.apply(first),
+        lambda: counter.refunds.apply(second),
+        lambda: counter.disputes.apply(dispute),
+    ]
+    for step in order_of:
+        await steps[step]()
+    # Never more than there was.
+    assert await counter.taken(order) == (1000, 0)
+    assert await counter.money(order) == (0, 0, 0)
+    counter.desk.stripe.refunds.settle(second, "failed")
+    counter.desk.stripe.disputes.move(dispute, "won")
+    for step in order_of:
+        await steps[step]()
+    assert await counter.taken(order) == (300, 0)
+    assert await counter.money(order) == (700, 0, 0)
+    assert await counter.lots(order) == [("paid", 700, 0, 0)]
+
+
+async def test_what_isnt_ours_is_left_alone(counter: Counter) -> None:
+    order = await counter.desk.order()
+    session = await counter.desk.session(order, metadata={}, client_reference_id="cart-7", payment_intent_data={})
+    intent = counter.desk.stripe.checkout.pay(session)
+    assert intent is not None
+    assert await counter.refunds.apply(counter.desk.stripe.refunds.create(intent)["id"]) == "not_ours"
+    assert await counter.refunds.apply("re_nobodys") == "not_ours"
+    assert await counter.disputes.apply("dp_nobodys") == "not_ours"
+
+
+async def test_a_refund_of_a_payment_in_quarantine_takes_nothing(counter: Counter) -> None:
+    order = await counter.desk.order()
+    session = await counter.desk.session(order, client_reference_id="another")
+    intent = counter.desk.stripe.checkout.pay(session)
+    assert intent is not None
+    assert await counter.refunds.apply(counter.desk.stripe.refunds.create(intent)["id"]) == "payment_quarantined"
+    assert await counter.money(order) == (0, 0, 0)
+
+
+async def test_another_amount_under_a_known_id_is_a_conflict(counter: Counter) -> None:
+    order, intent = await counter.sold()
+    refund = await counter.refund(intent, 100)
+    for changes in ({"amount": 101}, {"currency": "eur"}):
+        given: dict[str, Any] = {"amount": 100, "currency": "usd", "status": "succeeded"}
+        applied = await counter.refunds._ledger.apply(
+            refund, payment_intent=intent, request_id=None, problem=None, **(given | changes)
+        )
+        assert applied.outcome == "conflict"
+    applied = await counter.refunds._ledger.apply(
+        refund, payment_intent=intent, request_id=None, problem=None, amount=100, currency="usd", status="odd"
+    )
+    assert applied.outcome == "unknown_status"
+    assert await counter.money(order) == (900, 0, 0)
