@@ -28,7 +28,7 @@ def events(
     with reporting(as_json=as_json) as out:
 
         async def work(connection: Connection) -> list[EventState]:
-            return await EventLedger(connection).list(after=after, limit=limit + 1, unprocessed=unprocessed)
+            return await EventLedger(connection).newest(after=after, limit=limit + 1, unprocessed=unprocessed)
 
         found = ask_control(work, database_url, purpose="farebox stripe events")
         out.show_table(

@@ -4,6 +4,7 @@ An event is a hint that an object at Stripe has changed. It is written down befo
 unprocessed until that object was fetched and applied; whoever dies in between leaves it to the next attempt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -98,15 +99,16 @@ class EventLedger:
         with translated():
             return bool(await self._database.fetchval("SELECT farebox.fail_event($1, $2)", event_id, text))
 
-    async def claim(self, limit: int, *, pause_seconds: float = 3_600.0) -> list[EventState]:
-        """At most ``limit`` unprocessed events to try again; nobody else is given them until their pause is over.
+    async def claim(self, *, pause_seconds: float = 3_600.0, without: Sequence[str] = ()) -> EventState | None:
+        """The unprocessed event that has waited longest for its next attempt, but for those of the ids ``without``;
+        None: none is due. Nobody else is given it until its pause is over.
 
         The pause grows with the attempts, from 30 s to an hour, and is ``pause_seconds`` at most.
         """
-        query = "SELECT * FROM farebox.claim_events($1, $2)"
+        query = "SELECT * FROM farebox.claim_event($1, $2)"
         with translated():
-            rows = await self._database.fetch(query, limit, timedelta(seconds=pause_seconds))
-        return [_state(row) for row in rows]
+            row = await self._database.fetchrow(query, timedelta(seconds=pause_seconds), list(without))
+        return None if row is None else _state(row)
 
     async def forget(self, limit: int, *, keep_seconds: float) -> int:
         """Remove processed events that came longer ago than this, at most ``limit``; how many."""
@@ -114,7 +116,7 @@ class EventLedger:
         with translated():
             return int(await self._database.fetchval(query, limit, timedelta(seconds=keep_seconds)))
 
-    async def list(self, *, after: str | None = None, limit: int, unprocessed: bool = False) -> "list[EventState]":
+    async def newest(self, *, after: str | None = None, limit: int, unprocessed: bool = False) -> list[EventState]:
         """At most ``limit`` events, the newest first, those that came before the event ``after``."""
         check_text("after", after)
         with translated():

@@ -60,7 +60,7 @@ CONTROL = {
     "take_event",
     "finish_event",
     "fail_event",
-    "claim_events",
+    "claim_event",
     "forget_events",
 }
 FUNCTIONS = {

@@ -41,8 +41,16 @@ def an_event(**changes: Any) -> Event:
 
 
 async def state_of(events: EventLedger, event: Event) -> EventState:
-    [state] = [state for state in await events.list(limit=100) if state.event.id == event.id]
+    [state] = [state for state in await events.newest(limit=100) if state.event.id == event.id]
     return state
+
+
+async def claim_all(events: EventLedger, **how: Any) -> list[EventState]:
+    """One after the other, as long as one is due."""
+    claimed: list[EventState] = []
+    while (state := await events.claim(**how)) is not None and state.event.id not in {c.event.id for c in claimed}:
+        claimed.append(state)
+    return claimed
 
 
 async def test_an_event_is_taken_until_it_is_finished(events: EventLedger) -> None:
@@ -108,19 +116,21 @@ async def test_what_is_left_is_claimed_by_one_at_a_time_after_a_pause(database: 
     for event in made:
         await events.take(event)
     await events.finish(made[0].id, "paid")
-    assert await events.claim(100) == []
+    assert await events.claim() is None
     assert (await events.unprocessed()).count == 5
     await wind_back(database, tried_at=31)
-    claims = await asyncio.gather(*(events.claim(2) for _ in range(4)))
-    claimed = [state.event.id for claim in claims for state in claim]
+    claimed = [state.event.id for state in await asyncio.gather(*(events.claim() for _ in range(8))) if state]
+    claimed += [state.event.id for state in await claim_all(events)]
     assert sorted(claimed) == sorted(event.id for event in made[1:])
-    assert await events.claim(100) == []
     # The second pause is longer, unless somebody is in a hurry.
     await wind_back(database, tried_at=31)
-    assert await events.claim(100) == []
-    assert len(await events.claim(100, pause_seconds=30)) == 5
+    assert await events.claim() is None
+    hurried = await claim_all(events, pause_seconds=30)
+    assert sorted(state.event.id for state in hurried) == sorted(claimed)
+    assert {state.attempts for state in hurried} == {3}
+    assert (await claim_all(events, pause_seconds=0, without=claimed[1:]))[0].event.id == claimed[0]
     await wind_back(database, tried_at=3601)
-    assert {state.attempts for state in await events.claim(100)} == {4}
+    assert len(await claim_all(events)) == 5
 
 
 async def test_the_pause_is_an_hour_at_most(database: Database, events: EventLedger) -> None:
@@ -140,7 +150,7 @@ async def test_old_events_are_forgotten_unless_they_wait(database: Database, eve
     await wind_back(database, received_at=86_400 * 91)
     await events.take(new, outcome="ignored")
     assert await events.forget(100, keep_seconds=86_400 * 90) == 1
-    assert [state.event.id for state in await events.list(limit=10)] == [new.id, waiting.id]
+    assert [state.event.id for state in await events.newest(limit=10)] == [new.id, waiting.id]
     left = await events.unprocessed()
     assert left.count == 1
     assert left.oldest is not None
@@ -152,8 +162,8 @@ async def test_events_are_listed_by_pages_the_newest_first(events: EventLedger) 
     for event in made:
         await events.take(event)
     await events.finish(made[2].id, "paid")
-    first = await events.list(limit=3)
+    first = await events.newest(limit=3)
     assert [state.event.id for state in first] == [made[4].id, made[3].id, made[2].id]
-    rest = await events.list(limit=3, after=first[-1].event.id)
+    rest = await events.newest(limit=3, after=first[-1].event.id)
     assert [state.event.id for state in rest] == [made[1].id, made[0].id]
-    assert len(await events.list(limit=9, unprocessed=True)) == 4
+    assert len(await events.newest(limit=9, unprocessed=True)) == 4

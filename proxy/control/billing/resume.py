@@ -32,14 +32,19 @@ async def resume_events(
 
     ``pause_seconds``: how long at most an event is left alone after an attempt. Raises LedgerError.
     """
-    processed = failed = 0
-    for state in await ledger.claim(limit, pause_seconds=pause_seconds):
+    tried: list[str] = []
+    failed = 0
+    while len(tried) < limit:
+        # One at a time: what waits for its turn here could be another's meanwhile.
+        state = await ledger.claim(pause_seconds=pause_seconds, without=tried)
+        if state is None:
+            break
+        tried.append(state.event.id)
         try:
             await desk.process(state.event)
-            processed += 1
         except Exception:  # noqa: BLE001 - the desk has noted why; the others are not to wait for this one
             failed += 1
-    return processed, failed
+    return len(tried) - failed, failed
 
 
 class EventResumer:

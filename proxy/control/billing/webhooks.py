@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from proxy.control.billing.errors import StripeAway, StripeError
 from proxy.control.billing.event_types import EVENT_TYPES
 from proxy.control.billing.events import EventDesk, outcome_without_work
 from proxy.control.billing.signatures import check_signature
@@ -114,12 +115,12 @@ class WebhookEndpoint:
         try:
             return await self._desk.process(event)
         except Exception as error:
-            away = isinstance(error, LedgerUnavailable | TimeoutError)
-            if not away:
+            away = isinstance(error, LedgerUnavailable | StripeAway | TimeoutError)
+            if not isinstance(error, LedgerUnavailable | StripeError | TimeoutError):
                 log.error("a webhook could not be applied", event_id=event.id, type=event.type, exc_info=error)
             raise Unavailable(
                 "The event was received and could not be applied yet: "
-                f"{'the ledger or Stripe took too long' if away else 'the log says why'}. It is tried again.",
+                f"{'the ledger or Stripe could not be asked' if away else 'the log says why'}. It is tried again.",
                 code="event_unprocessed",
                 headers={"retry-after": "60"},
             ) from error

@@ -1316,23 +1316,22 @@ CREATE TABLE farebox.stripe_events (
     CONSTRAINT processed_says_how CHECK (((processed_at IS NULL) = (outcome IS NULL)))
 );
 
-CREATE FUNCTION farebox.claim_events(_limit integer, _pause interval) RETURNS SETOF farebox.stripe_events
+CREATE FUNCTION farebox.claim_event(_pause interval, _without text[]) RETURNS SETOF farebox.stripe_events
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-    WITH due AS (
-        SELECT e.id
-          FROM farebox.stripe_events e
-         WHERE e.processed_at IS NULL
-           AND e.tried_at <= clock_timestamp() - least(farebox.event_pause(e.attempts), _pause)
-         ORDER BY e.tried_at
-         LIMIT _limit
-           FOR NO KEY UPDATE SKIP LOCKED
-    )
     UPDATE farebox.stripe_events AS e
        SET attempts = e.attempts + 1, tried_at = clock_timestamp()
-      FROM due
-     WHERE e.id = due.id
+     WHERE e.id = (
+         SELECT d.id
+           FROM farebox.stripe_events d
+          WHERE d.processed_at IS NULL
+            AND d.tried_at <= clock_timestamp() - least(farebox.event_pause(d.attempts), _pause)
+            AND d.id <> ALL (_without)
+          ORDER BY d.tried_at
+          LIMIT 1
+            FOR NO KEY UPDATE SKIP LOCKED
+     )
     RETURNING e.*
 $$;
 
@@ -5006,8 +5005,8 @@ REVOKE ALL ON FUNCTION farebox.charge_for(_version text, _model text, _variant t
 
 GRANT SELECT ON TABLE farebox.stripe_events TO farebox_control;
 
-REVOKE ALL ON FUNCTION farebox.claim_events(_limit integer, _pause interval) FROM PUBLIC;
-GRANT ALL ON FUNCTION farebox.claim_events(_limit integer, _pause interval) TO farebox_control;
+REVOKE ALL ON FUNCTION farebox.claim_event(_pause interval, _without text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_event(_pause interval, _without text[]) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) TO farebox_gateway;

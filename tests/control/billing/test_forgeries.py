@@ -115,7 +115,7 @@ async def test_a_forgery_brings_nothing_and_is_refused_clearly(
 ) -> None:
     trap = await set_trap(live=live)
     before = await trap.credits()
-    events = len(await trap.endpoint.events.list(limit=1000))
+    events = len(await trap.endpoint.events.newest(limit=1000))
     wrong = []
     for forgery in FORGERIES[kind](trap.body, int(time.time())):
         answer = await trap.send(forgery)
@@ -124,7 +124,7 @@ async def test_a_forgery_brings_nothing_and_is_refused_clearly(
             wrong.append((forgery.name, answer.status_code, said))
     assert wrong == []
     assert await trap.credits() == before
-    assert len(await trap.endpoint.events.list(limit=1000)) == events
+    assert len(await trap.endpoint.events.newest(limit=1000)) == events
     # The trap was set.
     assert await trap.tell(json.loads(trap.body)) == "paid"
     assert await trap.credits() == before + 1100

@@ -61,7 +61,7 @@ class Shop:
         return "paid"
 
     async def state(self, event_id: str) -> EventState | None:
-        return next((state for state in await self.ledger.list(limit=1000) if state.event.id == event_id), None)
+        return next((state for state in await self.ledger.newest(limit=1000) if state.event.id == event_id), None)
 
     def counted(self, outcome: str) -> float | None:
         return self.metrics.registry.get_sample_value("farebox_stripe_events_total", {"outcome": outcome})

@@ -64,23 +64,23 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT least(interval '1 hour', interval '15 seconds' * (2 ^ least(_attempts, 10)))
 $$;
 
--- Takes unprocessed events to try again, those that were tried longest ago first; each is one caller's for its pause,
--- since being tried is what makes the next attempt wait. _pause: wait so long at most (a hurried operator: none).
-CREATE FUNCTION farebox.claim_events(_limit integer, _pause interval) RETURNS SETOF farebox.stripe_events
+-- Takes the unprocessed event that was tried longest ago, to try it again; it is this caller's for its pause, since
+-- being tried is what makes the next attempt wait. No row: none is due. _pause: wait so long at most (a hurried
+-- operator: not at all). _without: those that the caller has tried just now.
+CREATE FUNCTION farebox.claim_event(_pause interval, _without text[]) RETURNS SETOF farebox.stripe_events
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH due AS (
-        SELECT e.id
-          FROM farebox.stripe_events e
-         WHERE e.processed_at IS NULL
-           AND e.tried_at <= clock_timestamp() - least(farebox.event_pause(e.attempts), _pause)
-         ORDER BY e.tried_at
-         LIMIT _limit
-           FOR NO KEY UPDATE SKIP LOCKED
-    )
     UPDATE farebox.stripe_events AS e
        SET attempts = e.attempts + 1, tried_at = clock_timestamp()
-      FROM due
-     WHERE e.id = due.id
+     WHERE e.id = (
+         SELECT d.id
+           FROM farebox.stripe_events d
+          WHERE d.processed_at IS NULL
+            AND d.tried_at <= clock_timestamp() - least(farebox.event_pause(d.attempts), _pause)
+            AND d.id <> ALL (_without)
+          ORDER BY d.tried_at
+          LIMIT 1
+            FOR NO KEY UPDATE SKIP LOCKED
+     )
     RETURNING e.*
 $$;
 
@@ -106,9 +106,9 @@ END
 $$;
 
 REVOKE ALL ON FUNCTION
-    farebox.take_event, farebox.finish_event, farebox.fail_event, farebox.event_pause, farebox.claim_events,
+    farebox.take_event, farebox.finish_event, farebox.fail_event, farebox.event_pause, farebox.claim_event,
     farebox.forget_events
 FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
-    farebox.take_event, farebox.finish_event, farebox.fail_event, farebox.claim_events, farebox.forget_events
+    farebox.take_event, farebox.finish_event, farebox.fail_event, farebox.claim_event, farebox.forget_events
 TO farebox_control;
