@@ -8,6 +8,7 @@ Units stand last in a name (``_seconds``, ``_bytes_max``). A secret is a SecretS
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,12 +28,15 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from proxy.core.keys import Peppers
 from proxy.core.money import parse_credits
 from proxy.core.webhook_signing import signing_key
+from proxy.core.return_urls import ReturnUrls
 
 __all__ = ["Settings", "SettingsError", "environment", "load"]
 
 PREFIX = "FAREBOX_"
 ADMIN_TOKEN_CHARS_MIN = 32
-SECRETS = {"key_pepper", "admin_token", "webhook_url", "webhook_secret"}
+SECRETS = {"key_pepper", "admin_token", "stripe_key", "stripe_webhook_secrets", "webhook_url", "webhook_secret"}
+STRIPE_KEY = re.compile(r"(sk|rk)_(test|live)_[A-Za-z0-9_]{1,240}")
+WEBHOOK_SECRET = re.compile(r"whsec_[!-~]{1,240}")
 ROLE_URLS = ("gateway_database_url", "control_database_url", "reader_database_url")
 
 
@@ -55,6 +59,7 @@ def _credits(value: object) -> object:
 
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_words)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 
@@ -124,6 +129,25 @@ class Settings(BaseSettings):
     """What messages are signed with: ``whsec_`` and the base64 of 24 to 64 bytes; several with commas between them."""
     low_balance: Annotated[int | None, BeforeValidator(_credits)] = None
     """Credits (microcredits in here), below which an account's balance is told of."""
+
+    # Stripe: off unless its key is set.
+    stripe_key: SecretStr | None = None
+    """A secret or restricted key; test mode and live mode follow from it."""
+    stripe_webhook_secrets: Secrets = ()
+    """What webhooks are signed with: one of these. Several while one is replaced by the next."""
+    stripe_url: str | None = None
+    """Another base address than Stripe's, for tests."""
+    stripe_seconds: Seconds = 10.0
+    """How long one attempt of a call to Stripe may take."""
+    stripe_automatic_tax: bool = False
+    stripe_invoice_creation: bool = False
+    stripe_adaptive_pricing: bool = False
+    stripe_promotion_codes: bool = False
+    """Whether customers may enter promotion codes made at Stripe, whatever these take off."""
+    billing_url: str | None = None
+    """This server as customers reach it: where its own pages are that a payment returns to."""
+    billing_return_urls: Words = ()
+    """Where else a payment may return to: an origin and the beginning of a path, each."""
 
     # Limits on a request.
     body_bytes_max: int = Field(10 * 1024 * 1024, ge=1024)
@@ -210,6 +234,38 @@ class Settings(BaseSettings):
     def _messages_are_signed(self) -> Self:
         if self.webhook_url is not None and self.webhook_secret is None:
             raise ValueError(f"{PREFIX}WEBHOOK_SECRET is needed beside {PREFIX}WEBHOOK_URL: messages are signed")
+        return self
+
+    @field_validator("stripe_key")
+    @classmethod
+    def _stripe_key_is_one(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not STRIPE_KEY.fullmatch(value.get_secret_value()):
+            raise ValueError("is no secret key of Stripe's: it begins with sk_test_, sk_live_, rk_test_ or rk_live_")
+        return value
+
+    @field_validator("stripe_webhook_secrets")
+    @classmethod
+    def _webhook_secrets_are_some(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        # A webhook that is signed with an empty secret anybody can sign: CVE-2026-41432.
+        if not all(WEBHOOK_SECRET.fullmatch(secret.get_secret_value()) for secret in value):
+            raise ValueError("holds something that is no webhook's secret: each begins with whsec_")
+        return value
+
+    @field_validator("stripe_url", "billing_url")
+    @classmethod
+    def _base_url_can_be_read(cls, value: str | None) -> str | None:
+        return None if value is None else ReturnUrls((value,)).prefixes[0].rstrip("/")
+
+    @field_validator("billing_return_urls")
+    @classmethod
+    def _return_urls_can_be_read(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return ReturnUrls(value).prefixes
+
+    @model_validator(mode="after")
+    def _live_money_goes_encrypted(self) -> Self:
+        live = self.stripe_key is not None and "_live_" in self.stripe_key.get_secret_value()[:8]
+        if live and self.stripe_url is not None and not self.stripe_url.startswith("https://"):
+            raise ValueError(f"{PREFIX}STRIPE_URL must begin with https:// where the key is one of live mode")
         return self
 
     @model_validator(mode="after")

@@ -130,3 +130,42 @@ def test_a_low_balance_is_decimal_credits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_status_of_no_credits(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     monkeypatch.setenv("FAREBOX_EXHAUSTED_STATUS", status)
     assert load().exhausted_status == int(status)
+
+
+@pytest.mark.parametrize("key", ["sk_test_abc", "sk_live_abc", "rk_test_51Hx", "rk_live_51Hx"])
+def test_a_stripe_key_is_taken(key: str) -> None:
+    assert load(stripe_key=key).stripe_key.get_secret_value() == key  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["pk_test_abc", "sk_test_", "sk_prod_abc", "whsec_abc", "sk_test_a b", "sk_test_abc\n"])
+def test_another_key_is_not_and_is_not_repeated(key: str) -> None:
+    with pytest.raises(SettingsError, match="FAREBOX_STRIPE_KEY: is no secret key of Stripe's") as error:
+        load(stripe_key=key)
+    assert key not in str(error.value)
+
+
+def test_webhook_secrets_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_STRIPE_WEBHOOK_SECRETS", "whsec_old, whsec_new")
+    assert [secret.get_secret_value() for secret in load().stripe_webhook_secrets] == ["whsec_old", "whsec_new"]
+
+
+@pytest.mark.parametrize("secrets", ["whsec_", "secret", "whsec_good,bad", '["whsec_good", ""]', "whsec_a b"])
+def test_what_is_no_webhook_secret_is_refused_and_not_repeated(secrets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_STRIPE_WEBHOOK_SECRETS", secrets)
+    with pytest.raises(SettingsError, match="FAREBOX_STRIPE_WEBHOOK_SECRETS: holds something that is no") as error:
+        load()
+    assert secrets not in str(error.value)
+
+
+def test_live_money_goes_encrypted() -> None:
+    assert load(stripe_key="sk_test_a", stripe_url="http://127.0.0.1:9/").stripe_url == "http://127.0.0.1:9"
+    assert load(stripe_key="sk_live_a", stripe_url="https://stripe.example").stripe_url == "https://stripe.example"
+    with pytest.raises(SettingsError, match="FAREBOX_STRIPE_URL must begin with https://"):
+        load(stripe_key="sk_live_a", stripe_url="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", ["stripe_url", "billing_url", "billing_return_urls"])
+def test_an_address_that_cant_be_read_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"FAREBOX_{name.upper()}", "https://user:password@example.com")
+    with pytest.raises(SettingsError, match=f"FAREBOX_{name.upper()}: .* is no origin and path"):
+        load()

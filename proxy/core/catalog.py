@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from proxy.core.errors import InvalidRequest, NotFound
 from proxy.core.key_path import key_path, shorten
+from proxy.core.packs import Offers
 from proxy.core.pricing import Price
 
 __all__ = [
@@ -208,6 +209,8 @@ class Catalog:
     upstreams: Mapping[str, Upstream] = field(default_factory=lambda: MappingProxyType({}))
     """Every configured upstream, also one that no route uses."""
     credit_value: CreditValue | None = None
+    offers: Offers = field(default_factory=Offers)
+    """What is sold for money. Not in the body either: an order copies what it sells."""
 
     def route(self, model: str) -> Route:
         """The route that sells ``model``. Raises NotFound ``model_not_found``: what has no price is not served."""

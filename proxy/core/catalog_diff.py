@@ -6,8 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from proxy.core.catalog import Catalog, Route, Upstream, variant_name
+from proxy.core.currencies import decimals_of, format_money
 from proxy.core.key_path import key_path
 from proxy.core.money import format_credits
+from proxy.core.packs import CustomAmounts, Offers, Pack, Plan
 from proxy.core.pricing import Price, format_rate
 from proxy.core.usage import TOKEN_CLASSES
 
@@ -20,6 +22,8 @@ _JUMP = 2
 
 _PER_TOKENS = "credits per 1,000 tokens"
 _PER_REQUEST = "credits per request"
+_CREDITS = "credits"
+_DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +60,26 @@ class Margin:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model or an upstream: new (+), gone (-), changed (~) or as it was (=, listed where it has a margin to show)."""
+    """A model, an upstream or something that is sold for money: new (+), gone (-), changed (~) or as it was (=, listed
+    where it has a margin to show)."""
 
-    kind: Literal["model", "upstream"]
+    kind: Literal["model", "upstream", "pack", "custom amounts", "plan"]
     name: str
     sign: Literal["+", "-", "~", "="]
     changes: tuple[Change, ...] = ()
     margins: tuple[Margin, ...] = ()
 
     def lines(self) -> list[str]:
-        title = self.name if self.kind == "model" else f"upstream {self.name}"
+        title = self.name if self.kind == "model" else f"{self.kind} {self.name}"
         return [f"{self.sign} {title}", *(f"    {one}" for one in (*self.changes, *self.margins))]
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogDiff:
-    """Models first, then upstreams, by name. ``version_before`` is None where there was no catalog to compare with."""
+    """Models first, then upstreams, packs, amounts and plans, by name.
+
+    ``version_before`` is None where there was no catalog to compare with.
+    """
 
     version_before: str | None
     version_after: str
@@ -102,6 +110,7 @@ def compare(before: Catalog | None, after: Catalog) -> CatalogDiff:
     entries += [
         _upstream(name, upstreams.get(name), after.upstreams.get(name)) for name in _names(upstreams, after.upstreams)
     ]
+    entries += _offers(before.offers if before else Offers(), after.offers)
     return CatalogDiff(
         version_before=before.version if before else None,
         version_after=after.version,
@@ -122,7 +131,12 @@ class _Fact:
         return _SHOWN[self.unit](self.value)
 
 
-_SHOWN = {_PER_TOKENS: format_rate, _PER_REQUEST: format_credits, "tokens": "{:,}".format, "a second": "{:,}".format}
+_SHOWN = {
+    _PER_TOKENS: format_rate,
+    _PER_REQUEST: format_credits,
+    _CREDITS: format_credits,
+    **dict.fromkeys(("tokens", "a second", "days"), "{:,}".format),
+}
 
 
 def _model(name: str, before: Route | None, after: Route | None) -> Entry:
@@ -134,6 +148,72 @@ def _model(name: str, before: Route | None, after: Route | None) -> Entry:
 def _upstream(name: str, before: Upstream | None, after: Upstream | None) -> Entry:
     changes = tuple(_changes(_upstream_facts(before), _upstream_facts(after))) if after else ()
     return Entry("upstream", name, _sign(before, after, changes), changes)
+
+
+def _offers(before: Offers, after: Offers) -> Iterator[Entry]:
+    """What is sold for money, in the words of pricing.yaml."""
+    for name in _names(before.packs, after.packs):
+        yield _sold("pack", name, *(_pack_facts(offers.packs.get(name)) for offers in (before, after)))
+    for name in _names(before.custom_amounts, after.custom_amounts):
+        facts = (_amounts_facts(offers.custom_amounts.get(name)) for offers in (before, after))
+        yield _sold("custom amounts", name.upper(), *facts)
+    for name in _names(before.plans, after.plans):
+        yield _sold("plan", name, *(_plan_facts(offers.plans.get(name)) for offers in (before, after)))
+
+
+def _sold(
+    kind: Literal["pack", "custom amounts", "plan"], name: str, before: dict[str, _Fact], after: dict[str, _Fact]
+) -> Entry:
+    changes = tuple(_changes(before, after)) if after else ()
+    return Entry(kind, name, _sign(before or None, after or None, changes), changes)
+
+
+def _pack_facts(pack: Pack | None) -> dict[str, _Fact]:
+    if pack is None:
+        return {}
+    facts = {
+        "name": _Fact(pack.name),
+        "credits": _Fact(pack.credits, _CREDITS),
+        "price": _Fact(format_money(pack.price, pack.currency)),
+        f"credits for 1 {pack.currency.upper()}": _Fact(_for_one(pack.credits, pack.price, pack.currency), _CREDITS),
+    }
+    if pack.bonus:
+        facts["bonus"] = _Fact(pack.bonus, _CREDITS)
+    for key, seconds in (("expires_days", pack.credits_seconds), ("bonus_expires_days", pack.bonus_seconds)):
+        if seconds is not None:
+            facts[key] = _Fact(seconds // _DAY_SECONDS, "days")
+    return facts
+
+
+def _amounts_facts(amounts: CustomAmounts | None) -> dict[str, _Fact]:
+    if amounts is None:
+        return {}
+    code = amounts.currency
+    facts = {
+        "least": _Fact(format_money(amounts.least, code)),
+        "most": _Fact(format_money(amounts.most, code)),
+        "credits_per_unit": _Fact(amounts.credits_per_minor * 10 ** decimals_of(code), _CREDITS),
+    }
+    if amounts.credits_seconds is not None:
+        facts["expires_days"] = _Fact(amounts.credits_seconds // _DAY_SECONDS, "days")
+    return facts
+
+
+def _plan_facts(plan: Plan | None) -> dict[str, _Fact]:
+    if plan is None:
+        return {}
+    return {
+        "name": _Fact(plan.name),
+        "credits": _Fact(plan.credits, _CREDITS),
+        "price": _Fact(format_money(plan.price, plan.currency)),
+        "grace_days": _Fact(plan.grace_seconds // _DAY_SECONDS, "days"),
+        "rollover": _Fact(str(plan.rollover).lower()),
+    }
+
+
+def _for_one(credits: int, price: int, currency: str) -> int:
+    """Microcredits for one unit of money, rounded down: a slip in either of the two shows in it."""
+    return credits * 10 ** decimals_of(currency) // price
 
 
 def _sign(before: object, after: object, changes: tuple[Change, ...]) -> Literal["+", "-", "~", "="]:
@@ -158,7 +238,7 @@ def _warning(old: _Fact | None, new: _Fact | None) -> str | None:
     """A warning where a price jumps."""
     if old is None or new is None or isinstance(old.value, str) or isinstance(new.value, str):
         return None
-    if new.unit not in (_PER_TOKENS, _PER_REQUEST):
+    if new.unit not in (_PER_TOKENS, _PER_REQUEST, _CREDITS):
         return None
     if not new.value:
         return "is free of charge afterwards"

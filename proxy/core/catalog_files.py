@@ -33,6 +33,7 @@ from proxy.core.families import FAMILIES, UNKNOWN, family_of
 from proxy.core.key_path import shorten
 from proxy.core.leaving import LEAVING_KEYS, REASONING_KEYS, read_leaving
 from proxy.core.money import MICROCREDITS_PER_CREDIT
+from proxy.core.packs import OFFER_KEYS, Offers, read_offers
 from proxy.core.pricing import TOKENS_PER_RATE, Price
 from proxy.core.usage import TOKEN_CLASSES
 from proxy.core.yaml_reader import Node, Problems, near_miss, read_yaml
@@ -121,7 +122,7 @@ def load_catalog(
     pricing_node = read_yaml(pricing, pricing_problems)
     offer = _Offer(pricing_node, pricing_problems, configured, upstreams_file=names[1])
     pricing_problems.raise_if_any(upstream_problems)
-    return _catalog(offer.routes, configured.upstreams, offer.credit_value)
+    return _catalog(offer, configured.upstreams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +274,7 @@ class _Offer:
     def __init__(self, node: Node | None, problems: Problems, configured: _Configured, *, upstreams_file: str) -> None:
         self.routes: dict[str, Route] = {}
         self.credit_value: CreditValue | None = None
+        self.offers = Offers()
         self._problems = problems
         self._configured = configured
         self._upstreams_file = upstreams_file
@@ -281,9 +283,12 @@ class _Offer:
             self._read(node)
 
     def _read(self, node: Node) -> None:
-        top = Section(node, (), self._problems, known=("per", "credit_value", "models"), required=("models",))
+        top = Section(
+            node, (), self._problems, known=("per", "credit_value", "models", *OFFER_KEYS), required=("models",)
+        )
         self._per = self._read_per(top)
         self.credit_value = self._read_credit_value(top)
+        self.offers = read_offers(top)
         for model, (at, value) in top.table_of("models", what="model", count_max=MODELS_MAX).items():
             path = ("models", model)
             if not _MODEL.fullmatch(model):
@@ -505,17 +510,16 @@ def _family(upstream_model: str, model: str) -> str:
     return family_of(model) if family == UNKNOWN else family
 
 
-def _catalog(
-    routes: Mapping[str, Route], upstreams: Mapping[str, Upstream], credit_value: CreditValue | None
-) -> Catalog:
-    content = {"classes": TOKEN_CLASSES, "routes": {model: _priced(route) for model, route in routes.items()}}
+def _catalog(offer: _Offer, upstreams: Mapping[str, Upstream]) -> Catalog:
+    content = {"classes": TOKEN_CLASSES, "routes": {model: _priced(route) for model, route in offer.routes.items()}}
     body = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return Catalog(
         version=hashlib.sha256(body.encode("ascii")).hexdigest(),
         body=body,
-        routes=MappingProxyType(dict(routes)),
+        routes=MappingProxyType(dict(offer.routes)),
         upstreams=MappingProxyType(dict(upstreams)),
-        credit_value=credit_value,
+        credit_value=offer.credit_value,
+        offers=offer.offers,
     )
 
 

@@ -6,6 +6,7 @@ them, and stands in ``test_catalog_files.py`` instead:
 
 - how a number is spelt (octal, base 60, underscores, exponents), and how many decimals it has: whole microcredits
 - duplicate keys, anchors, aliases, tags, and everything else below the level of values
+- how fine a currency's amounts go, and that the least amount isn't above the most
 - that an upstream named in pricing.yaml stands in upstreams.yaml
 - that an IP address in a base_url is one
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from proxy.core import catalog_files
@@ -165,6 +166,32 @@ models = st.builds(
         },
     ),
 )
+whole_money = st.integers(1, 1_000_000).map(lambda n: Number(str(n)))
+bought = st.integers(1, 10**12).map(lambda n: Number(f"{n // 10**6}.{n % 10**6:06d}"))
+days = st.integers(1, 3_650).map(lambda n: Number(str(n)))
+labels = st.from_regex(r"[A-Za-z][A-Za-z ,.]{0,20}", fullmatch=True)
+currencies = st.sampled_from(["USD", "EUR", "JPY", "KWD", "ISK"])
+sold = {"credits": bought, "price": whole_money, "currency": currencies}
+packs = st.fixed_dictionaries(
+    sold | {"bonus": bought}, optional={"name": labels, "expires_days": days, "bonus_expires_days": days}
+)
+custom_amounts = st.fixed_dictionaries(
+    {"least": st.just(Number("1")), "most": whole_money, "credits_per_unit": whole_money},
+    optional={"expires_days": days},
+)
+plans = st.fixed_dictionaries(
+    sold,
+    optional={
+        "name": labels,
+        "grace_days": st.integers(0, 90).map(lambda n: Number(str(n))),
+        "rollover": st.booleans(),
+    },
+)
+offers: dict[str, st.SearchStrategy[Document]] = {
+    "packs": st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,8}", fullmatch=True), packs, min_size=1),
+    "custom_amounts": st.dictionaries(st.sampled_from(["USD", "JPY", "KWD"]), custom_amounts, min_size=1),
+    "plans": st.dictionaries(st.from_regex(r"price_[A-Za-z0-9]{1,9}", fullmatch=True), plans, min_size=1),
+}
 model_names = st.from_regex(r"[A-Za-z0-9@][A-Za-z0-9._:/@+-]{0,12}", fullmatch=True)
 pricing_documents = st.fixed_dictionaries(
     {"models": st.dictionaries(model_names, models, min_size=1, max_size=2)},
@@ -176,6 +203,7 @@ pricing_documents = st.fixed_dictionaries(
                 "currency": st.sampled_from(["USD", "EUR"]),
             }
         ),
+        **offers,
     },
 )
 
@@ -294,7 +322,12 @@ NAMES = (
     *("flex", "auto", "default", "standard", "Flex", "1flex", "f" * 32, "f" * 33, "gpt-4.1", "m" * 128, "m" * 129),
     *("authorization", "host", "x-title", "X-Title", "x title", "", "-", "a/b:c@d+e", "ü"),
 )
-keys = st.one_of(st.sampled_from(NAMES), texts)
+OFFER_NAMES = (
+    *("packs", "custom_amounts", "plans", "credits", "price", "bonus", "expires_days", "bonus_expires_days", "name"),
+    *("least", "most", "credits_per_unit", "grace_days", "rollover", "price_1Abc", "price_", "USD", "EURO"),
+)
+MONEY = ("price", "least", "most", "credits_per_unit")
+keys = st.one_of(st.sampled_from(NAMES + OFFER_NAMES), texts)
 
 
 @st.composite
@@ -359,6 +392,39 @@ FULL_PRICING = {
         }
     },
 }
+A_MODEL = {"upstream": "openai", "input": Number("1"), "output": Number("1"), "max_output_tokens": Number("1")}
+FULL_OFFERS = {
+    "models": {"m": A_MODEL},
+    "packs": {
+        "starter": {
+            "name": "Starter",
+            "credits": Number("1000"),
+            "price": Number("10"),
+            "currency": "USD",
+            "bonus": Number("0.5"),
+            "expires_days": Number("365"),
+            "bonus_expires_days": Number("90"),
+        }
+    },
+    "custom_amounts": {
+        "EUR": {
+            "least": Number("1"),
+            "most": Number("1000"),
+            "credits_per_unit": Number("100"),
+            "expires_days": Number("1"),
+        }
+    },
+    "plans": {
+        "price_1": {
+            "name": "Pro",
+            "credits": Number("1"),
+            "price": Number("20"),
+            "currency": "USD",
+            "grace_days": Number("3"),
+            "rollover": True,
+        }
+    },
+}
 FULL_UPSTREAMS = {
     "upstreams": {
         "openai": {
@@ -387,8 +453,8 @@ def every_change(document: Document) -> Iterator[Document]:
         for key in table:
             yield from (_with(document, index, drop=key, add={key: value}) for value in values)
             yield _with(document, index, drop=key, add={})
-            yield from (_with(document, index, drop=key, add={name: table[key]}) for name in NAMES)
-        yield from (_with(document, index, drop=None, add={name: Number("1")}) for name in NAMES)
+            yield from (_with(document, index, drop=key, add={name: table[key]}) for name in NAMES + OFFER_NAMES)
+        yield from (_with(document, index, drop=None, add={name: Number("1")}) for name in NAMES + OFFER_NAMES)
         yield from (_with(document, index, drop=None, add=_many(table, count)) for count in (7, 8, 31, 32))
 
 
@@ -430,6 +496,7 @@ def test_every_good_upstreams_file_is_good_to_both(document: Document) -> None:
 @given(changed(pricing_documents))
 @unhurried
 def test_pricing_is_judged_the_same(document: Document) -> None:
+    assume(money_is_plain(document))
     judge_pricing(document)
 
 
@@ -444,6 +511,25 @@ def test_pricing_is_judged_the_same_after_every_single_change() -> None:
     verdicts = Counter(judge_pricing(document) for document in every_change(FULL_PRICING))
     assert verdicts[True] > 100
     assert verdicts[False] > 1_000
+
+
+def test_what_is_sold_for_money_is_judged_the_same_after_every_single_change() -> None:
+    assert parser_takes_pricing(FULL_OFFERS) == (True, "")
+    verdicts = Counter(judge_pricing(document) for document in every_change(FULL_OFFERS) if money_is_plain(document))
+    assert verdicts[True] > 100
+    assert verdicts[False] > 1_000
+
+
+def money_is_plain(document: Document) -> bool:
+    """Whether every amount of money is one that any currency has, and amounts are in their order."""
+    for table in tables(document):
+        amounts = [value for key, value in table.items() if key in MONEY and isinstance(value, Number)]
+        if any("." in amount.text.removesuffix(".0") for amount in amounts):
+            return False
+        least, most = (table.get(key) for key in ("least", "most"))
+        if isinstance(least, Number) and isinstance(most, Number) and float(least.text) > float(most.text):
+            return False
+    return True
 
 
 def test_upstreams_are_judged_the_same_after_every_single_change() -> None:
