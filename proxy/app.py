@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Router
 
+from proxy.billing import Billing, open_billing
 from proxy.control.account import account_routes
 from proxy.control.admin import AdminToken, admin_routes
 from proxy.control.billing.messages import HttpPost, MessageSender
@@ -116,6 +117,7 @@ class Services:
     operations: Operations
     promos: Promos
     reader: AccountReader
+    billing: Billing | None
     settler: Settler
     journaling: Journaling
     chat: Chat
@@ -247,16 +249,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         stack.push_async_callback(pool.close)
         holds = HoldLedger(pool)
         journaling = Journaling(_journal_terms(settings, timing), holds, metrics)
-        catalog = CatalogReloader(
-            settings.pricing,
-            settings.upstreams,
-            journaling.put_prices,
-            metrics=metrics,
-            poll_seconds=settings.reload_seconds,
-            adapt=adapt,
-        )
-        await catalog.load()
-        stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
+        catalog = await _catalog(settings, journaling, metrics, adapt, stack)
         ledger, lease, settler = await _money(settings, dsn, metrics, counter, timing, journaling, stack)
         control_dsn = settings.database_url_of("control") or dsn
         control = await create_pool(control_dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
@@ -297,11 +290,29 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             operations=Operations(ControlLedger(control), peppers),
             promos=Promos(PromoLedger(control)),
             reader=AccountReader(reader),
+            billing=await open_billing(settings, metrics, stack),
             settler=settler,
             journaling=journaling,
             chat=chat,
             leaving=asyncio.Event(),
         )
+
+
+async def _catalog(
+    settings: Settings, journaling: Journaling, metrics: Metrics, adapt: Adapt, stack: AsyncExitStack
+) -> CatalogReloader:
+    """What is sold, read and watched."""
+    catalog = CatalogReloader(
+        settings.pricing,
+        settings.upstreams,
+        journaling.put_prices,
+        metrics=metrics,
+        poll_seconds=settings.reload_seconds,
+        adapt=adapt,
+    )
+    await catalog.load()
+    stack.push_async_callback(_cancelled, asyncio.create_task(catalog.run()))
+    return catalog
 
 
 async def _money(
@@ -501,6 +512,7 @@ def _routes(services: Services) -> list[BaseRoute]:
         ),
         *account_routes(fresh_key, services.reader),
         *promo_routes(fresh_key, services.promos),
+        *(services.billing.routes() if services.billing else ()),
         *(admin_routes(AdminToken(token.get_secret_value()), services.operations) if token else ()),
     ]
 

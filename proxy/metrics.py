@@ -50,6 +50,9 @@ DEPARTURES = ("read_on", "unsent", "refused", "on_disconnect", "drain_seconds", 
 STRIPE_EVENT_OUTCOMES = ("applied", "known", "ignored", "not_ours", "refused", "failed")
 """What became of webhooks: the values of the label ``outcome``."""
 
+PAYMENT_OUTCOMES = ("paid", "quarantined")
+"""What became of payments that were new: the values of the label ``outcome``."""
+
 MESSAGE_OUTCOMES = ("delivered", "failed", "given_up")
 """What became of an attempt to send a message to the operator's endpoint."""
 
@@ -268,6 +271,10 @@ class Metrics:
         """A webhook came, or was resumed; one of STRIPE_EVENT_OUTCOMES, all others of which count as ``applied``."""
         self._stripe_events.get(outcome, self._stripe_events["applied"]).inc()
 
+    def payment_applied(self, outcome: str) -> None:
+        """A payment was credited, or put into quarantine: one of PAYMENT_OUTCOMES."""
+        self._payments[outcome].inc()
+
     def stripe_events_left(self, count: int, oldest_at: float) -> None:
         """How many webhooks are not processed, and since when the oldest waits (Unix time; 0: there is none)."""
         self._stripe_events_unprocessed.set(count)
@@ -365,6 +372,8 @@ class Metrics:
     def _make_billing(self) -> None:
         events = self._counter("stripe_events_total", "Webhooks of Stripe's, by what became of them.", ("outcome",))
         self._stripe_events = {outcome: events.labels(outcome) for outcome in STRIPE_EVENT_OUTCOMES}
+        payments = self._counter("payments_total", "Payments that came in, by what became of them.", ("outcome",))
+        self._payments = {outcome: payments.labels(outcome) for outcome in PAYMENT_OUTCOMES}
         self._stripe_events_unprocessed = self._gauge(
             "stripe_events_unprocessed", "Webhooks that were received and are not processed."
         )

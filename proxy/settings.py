@@ -27,8 +27,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from proxy.core.keys import Peppers
 from proxy.core.money import parse_credits
-from proxy.core.webhook_signing import signing_key
 from proxy.core.return_urls import ReturnUrls
+from proxy.core.webhook_signing import signing_key
 
 __all__ = ["Settings", "SettingsError", "environment", "load"]
 
@@ -351,5 +351,5 @@ def _line(item: Any) -> str:
     name = PREFIX + field.upper() if field in Settings.model_fields else field
     problem = item["msg"].removeprefix("Value error, ")
     # What is wrong with several at once has all of them for its input.
-    secret = not item["loc"] or field in SECRETS or "DATABASE_URL" in name
+    secret = not item["loc"] or field in SECRETS or "URL" in name
     return f"{name}: {problem}" + ("" if secret or "input" not in item else f" (got {str(item['input'])[:80]!r})")

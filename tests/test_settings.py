@@ -137,7 +137,7 @@ def test_a_stripe_key_is_taken(key: str) -> None:
     assert load(stripe_key=key).stripe_key.get_secret_value() == key  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("key", ["pk_test_abc", "sk_test_", "sk_prod_abc", "whsec_abc", "sk_test_a b", "sk_test_abc\n"])
+@pytest.mark.parametrize("key", ["pk_test_abc", "sk_prod_a", "whsec_abc", "sk_test_a b", "sk_test_ab\n", "sk_test_é"])
 def test_another_key_is_not_and_is_not_repeated(key: str) -> None:
     with pytest.raises(SettingsError, match="FAREBOX_STRIPE_KEY: is no secret key of Stripe's") as error:
         load(stripe_key=key)
@@ -149,7 +149,7 @@ def test_webhook_secrets_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [secret.get_secret_value() for secret in load().stripe_webhook_secrets] == ["whsec_old", "whsec_new"]
 
 
-@pytest.mark.parametrize("secrets", ["whsec_", "secret", "whsec_good,bad", '["whsec_good", ""]', "whsec_a b"])
+@pytest.mark.parametrize("secrets", ["whsec_,", "my-secret", "whsec_good,bad", '["whsec_good", ""]', "whsec_a b"])
 def test_what_is_no_webhook_secret_is_refused_and_not_repeated(secrets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAREBOX_STRIPE_WEBHOOK_SECRETS", secrets)
     with pytest.raises(SettingsError, match="FAREBOX_STRIPE_WEBHOOK_SECRETS: holds something that is no") as error:
@@ -167,5 +167,6 @@ def test_live_money_goes_encrypted() -> None:
 @pytest.mark.parametrize("name", ["stripe_url", "billing_url", "billing_return_urls"])
 def test_an_address_that_cant_be_read_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"FAREBOX_{name.upper()}", "https://user:password@example.com")
-    with pytest.raises(SettingsError, match=f"FAREBOX_{name.upper()}: .* is no origin and path"):
+    with pytest.raises(SettingsError, match=f"FAREBOX_{name.upper()}: .* is no origin and path") as error:
         load()
+    assert "password" not in str(error.value)

@@ -213,7 +213,8 @@ def _plan_facts(plan: Plan | None) -> dict[str, _Fact]:
 
 def _for_one(credits: int, price: int, currency: str) -> int:
     """Microcredits for one unit of money, rounded down: a slip in either of the two shows in it."""
-    return credits * 10 ** decimals_of(currency) // price
+    unit: int = 10 ** decimals_of(currency)
+    return credits * unit // price
 
 
 def _sign(before: object, after: object, changes: tuple[Change, ...]) -> Literal["+", "-", "~", "="]:

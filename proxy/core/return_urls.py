@@ -49,7 +49,9 @@ class ReturnUrls:
 def _prefix(text: str) -> _Allowed:
     parts = _parts(text)
     if parts is None or parts.query or parts.fragment or "?" in text or "#" in text:
-        raise ValueError(f"{text[:100]!r} is no origin and path, such as https://example.com/billing")
+        # What stands before an @ may be a password.
+        shown = repr(text[:100]) if "@" not in text else "what was given"
+        raise ValueError(f"{shown} is no origin and path, such as https://example.com/billing")
     assert parts.hostname is not None
     return _Allowed(parts.scheme, parts.hostname, _port(parts), parts.path.rstrip("/"))
 

@@ -6,9 +6,10 @@ do it once. Nothing here runs inside a transaction.
 For an object that has no method here: ``await api.call(lambda client: members(client.v1.refunds.retrieve(id)))``.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import stripe
 
@@ -50,7 +51,7 @@ class StripeApi:
         timeout = (min(seconds, CONNECT_SECONDS_MAX), seconds)
         self._client = stripe.StripeClient(
             key,
-            http_client=stripe.RequestsClient(timeout=timeout),
+            http_client=stripe.RequestsClient(timeout=timeout, session=cast(Any, _Sessions())),
             max_network_retries=retries,
             base_addresses={"api": url.rstrip("/")} if url else {},
         )
@@ -133,6 +134,25 @@ class StripeApi:
     async def payment_intent(self, id: str) -> PaymentIntent:
         """A PaymentIntent. Raises StripeUnknown."""
         return await self.call(lambda client: payment_intent(members(client.v1.payment_intents.retrieve(id))))
+
+
+class _Sessions:
+    """A session of the library ``requests`` for each thread, which takes nothing from the environment.
+
+    A proxy there would be asked instead, and the host's line in a .netrc would take the key's place.
+    """
+
+    def __init__(self) -> None:
+        self._requests: Any = stripe.RequestsClient().requests
+        self._local = threading.local()
+
+    def request(self, *arguments: Any, **options: Any) -> Any:
+        session = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = self._requests.Session()
+            session.trust_env = False
+            session.max_redirects = 0
+        return session.request(*arguments, **options)
 
 
 def _translated(error: stripe.StripeError, key: str) -> StripeError:
