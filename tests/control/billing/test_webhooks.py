@@ -13,10 +13,12 @@ import asyncpg
 import httpx2
 import pytest
 
+from proxy.control.billing import webhooks
 from proxy.control.billing.event_types import EVENT_TYPES, Subject
 from proxy.control.billing.events import Appliers, EventDesk
 from proxy.control.billing.resume import EventResumer, resume_events
 from proxy.control.billing.webhooks import BODY_BYTES_MAX, PATH, WebhookEndpoint, webhook_routes
+from proxy.core.errors import InvalidRequest
 from proxy.ledger.connect import Role, create_pool
 from proxy.ledger.stripe_events import EventLedger, EventState, Unprocessed
 from proxy.metrics import Metrics
@@ -36,6 +38,7 @@ class Shop:
     """The endpoint over HTTP, and what it has applied."""
 
     http: httpx2.AsyncClient
+    endpoint: WebhookEndpoint
     ledger: EventLedger
     desk: EventDesk
     metrics: Metrics
@@ -85,7 +88,7 @@ async def open_shop(module_database: Database) -> AsyncIterator[Callable[..., An
                 ledger, desk, secrets=[OLD_SECRET, SECRET], livemode=livemode, metrics=metrics, clock=time.time
             )
             http = await stack.enter_async_context(client_of(webhook_routes(endpoint)))
-            opened = Shop(http, ledger, desk, metrics)
+            opened = Shop(http, endpoint, ledger, desk, metrics)
             return opened
 
         yield open_one
@@ -273,6 +276,37 @@ async def test_a_large_body_is_refused_before_it_is_read(shop: Shop) -> None:
 async def test_an_encoded_body_is_refused(shop: Shop) -> None:
     body = body_of(a_session_event(fresh()))
     assert refused(await shop.send_raw(body, headers={"content-encoding": "gzip"})) == "content_encoding_unsupported"
+
+
+async def test_a_body_that_doesnt_arrive_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "RECEIVE_SECONDS_MAX", 0.05)
+    body = body_of(a_session_event(fresh()))
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield body[:10]
+        await asyncio.sleep(30)
+
+    answer = await shop.http.post(PATH, content=chunks(), headers={"stripe-signature": signature(body)})
+    assert refused(answer) == "request_timeout"
+    assert shop.applied == []
+
+
+async def test_a_body_that_is_cut_off_is_refused(shop: Shop) -> None:
+    body, sent = body_of(a_session_event(fresh())), []
+    messages = [{"type": "http.request", "body": body[:10], "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"stripe-signature", signature(body).encode()), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers, "query_string": b""}
+    [route] = webhook_routes(shop.endpoint)
+    with pytest.raises(InvalidRequest) as refusal:
+        await route.handle(scope, receive, send)
+    assert (refusal.value.code, sent, shop.applied) == ("request_cut_off", [], [])
 
 
 async def test_only_post_is_served(shop: Shop) -> None:
