@@ -100,6 +100,7 @@ class Timing:
     takeover_seconds: float = 5.0
     alerts_seconds: float = 30.0
     messages_seconds: float = 5.0
+    events_seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +291,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
             operations=Operations(ControlLedger(control), peppers),
             promos=Promos(PromoLedger(control)),
             reader=AccountReader(reader),
-            billing=await open_billing(settings, metrics, stack),
+            billing=await open_billing(settings, metrics, stack, events_seconds=timing.events_seconds),
             settler=settler,
             journaling=journaling,
             chat=chat,

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 
 from starlette.routing import BaseRoute
 
+from proxy.control.billing.disputes import DisputeDesk
 from proxy.control.billing.event_types import Subject
 from proxy.control.billing.events import Appliers, EventDesk
+from proxy.control.billing.refunds import RefundDesk
 from proxy.control.billing.resume import EventResumer
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.till import Till
 from proxy.control.billing.webhooks import WebhookEndpoint, webhook_routes
 from proxy.ledger.connect import Role, create_pool
+from proxy.ledger.disputes import DisputeLedger
 from proxy.ledger.orders import OrderLedger
+from proxy.ledger.refunds import RefundLedger
 from proxy.ledger.stripe_events import EventLedger, Unprocessed
 from proxy.metrics import Metrics
 from proxy.settings import Settings, SettingsError
@@ -37,6 +41,8 @@ class Billing:
     api: StripeApi
     orders: OrderLedger
     till: Till
+    refunds: RefundDesk
+    disputes: DisputeDesk
     webhooks: WebhookEndpoint
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -51,8 +57,13 @@ def stripe_api(settings: Settings) -> StripeApi:
     return StripeApi(settings.stripe_key.get_secret_value(), url=settings.stripe_url, seconds=settings.stripe_seconds)
 
 
-async def open_billing(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> Billing | None:
-    """Billing, started; None where it is off. It ends with the stack. Raises SettingsError."""
+async def open_billing(
+    settings: Settings, metrics: Metrics, stack: AsyncExitStack, *, events_seconds: float
+) -> Billing | None:
+    """Billing, started; None where it is off. It ends with the stack. Raises SettingsError.
+
+    ``events_seconds``: how often webhooks are looked for that were left.
+    """
     if settings.stripe_key is None:
         return None
     if not settings.stripe_webhook_secrets:
@@ -68,13 +79,14 @@ async def open_billing(settings: Settings, metrics: Metrics, stack: AsyncExitSta
     stack.callback(api.close)
     orders = OrderLedger(pool)
     till = Till(api, orders, metrics=metrics)
+    refunds, disputes = RefundDesk(api, RefundLedger(pool), till), DisputeDesk(api, DisputeLedger(pool), till)
     events = EventLedger(pool)
-    desk = EventDesk(events, _appliers(till), metrics=metrics)
+    desk = EventDesk(events, _appliers(till, refunds, disputes), metrics=metrics)
 
     def observe(left: Unprocessed) -> None:
         metrics.stripe_events_left(left.count, left.oldest.timestamp() if left.oldest else 0.0)
 
-    resumer = EventResumer(events, desk, observe=observe)
+    resumer = EventResumer(events, desk, observe=observe, seconds=events_seconds)
     resumer.start()
     stack.push_async_callback(resumer.stop)
     endpoint = WebhookEndpoint(
@@ -84,10 +96,10 @@ async def open_billing(settings: Settings, metrics: Metrics, stack: AsyncExitSta
         livemode=api.livemode,
         metrics=metrics,
     )
-    return Billing(api, orders, till, endpoint)
+    return Billing(api, orders, till, refunds, disputes, endpoint)
 
 
-def _appliers(till: Till) -> Appliers:
+def _appliers(till: Till, refunds: RefundDesk, disputes: DisputeDesk) -> Appliers:
     """Who applies what an event is about."""
 
     async def session(id: str) -> str:
@@ -96,4 +108,9 @@ def _appliers(till: Till) -> Appliers:
     async def payment(id: str) -> str:
         return (await till.apply_payment(payment_intent=id)).outcome
 
-    return {Subject.SESSION: session, Subject.PAYMENT: payment}
+    return {
+        Subject.SESSION: session,
+        Subject.PAYMENT: payment,
+        Subject.REFUND: refunds.apply,
+        Subject.DISPUTE: disputes.apply,
+    }

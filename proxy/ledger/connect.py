@@ -21,7 +21,8 @@ Database: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.Pool[asyncpg
 
 # SQLSTATE classes that mean "not now": connection, authorization, rollback, resources, operator intervention, system.
 _NOT_NOW_CLASSES = frozenset({"08", "28", "40", "53", "57", "58"})
-_LOCK_NOT_AVAILABLE = "55P03"
+# A lock that somebody else holds; a database that takes no connections.
+_NOT_NOW_STATES = frozenset({"55P03", "55000"})
 
 
 class Role(StrEnum):
@@ -92,7 +93,7 @@ def translated() -> Iterator[None]:
         raise LedgerUnavailable(f"the ledger's database can't be asked: {type(error).__name__}: {error}") from error
     except asyncpg.PostgresError as error:
         code = error.sqlstate or ""
-        if code[:2] in _NOT_NOW_CLASSES or code == _LOCK_NOT_AVAILABLE:
+        if code[:2] in _NOT_NOW_CLASSES or code in _NOT_NOW_STATES:
             raise LedgerUnavailable(f"the ledger's database refused for now ({code}): {error}") from error
         raise
 
