@@ -53,6 +53,9 @@ STRIPE_EVENT_OUTCOMES = ("applied", "known", "ignored", "not_ours", "refused", "
 PAYMENT_OUTCOMES = ("paid", "quarantined")
 """What became of payments that were new: the values of the label ``outcome``."""
 
+AUTO_TOPUP_OUTCOMES = ("paid", "pending", "failed", "unresolved", "blocked")
+"""What became of automatic top-ups, each time one was looked at."""
+
 MESSAGE_OUTCOMES = ("delivered", "failed", "given_up")
 """What became of an attempt to send a message to the operator's endpoint."""
 
@@ -238,6 +241,12 @@ class Metrics:
         self._journal_waiting.set_function(waiting)
         self._journal_admitting.set_function(admitting)
 
+    # Automatic top-ups
+
+    def auto_topup(self, outcome: str) -> None:
+        """An attempt was made or looked at: one of AUTO_TOPUP_OUTCOMES."""
+        self._auto_topups[outcome].inc()
+
     # Messages out
 
     def message(self, outcome: str) -> None:
@@ -356,6 +365,8 @@ class Metrics:
         self._journal_damaged = self._counter("journal_damaged_total", "Journals found damaged in their middle.")
 
     def _make_messages(self) -> None:
+        topups = self._counter("auto_topups_total", "Automatic top-ups that were made or looked at.", ("outcome",))
+        self._auto_topups = {outcome: topups.labels(outcome) for outcome in AUTO_TOPUP_OUTCOMES}
         total = self._counter("messages_total", "Attempts to send a message to the operator's endpoint.", ("outcome",))
         self._messages = {outcome: total.labels(outcome) for outcome in MESSAGE_OUTCOMES}
         self._messages_waiting = self._gauge("messages_waiting", "Messages that have not arrived yet.")

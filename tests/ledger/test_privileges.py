@@ -56,6 +56,7 @@ CONTROL = {
     *("create_order", "open_order", "advance_order", "put_customer", "pay_order", "resolve_quarantine"),
     *("claim_messages", "message_delivered", "message_failed", "resend_messages", "forget_messages"),
     *("tell_alerts", "set_low_balance"),
+    *("set_auto_topup", "stop_auto_topup", "open_auto_topup", "claim_auto_orders", "link_auto_topup"),
     *("create_promo", "end_promo", "redeem_promo", "pay_plan"),
     "take_event",
     "finish_event",

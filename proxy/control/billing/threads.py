@@ -54,7 +54,10 @@ class Threads:
         if self._started < min(self._open, self._count):
             self._started += 1
             threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True).start()
-        return await asyncio.shield(asyncio.wrap_future(future))
+        ended = asyncio.wrap_future(future)
+        # Whoever asked may be gone by then, and a failure that nobody wants to know of is no fault of ours.
+        ended.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(ended)
 
     def close(self) -> None:
         """The threads end, each after the call that it is at."""

@@ -972,6 +972,57 @@ CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
       FROM hidden h
 $$;
 
+CREATE FUNCTION farebox.auto_order_ended() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    why text := coalesce(NEW.problem, NEW.state);
+    wanted farebox.auto_topups;
+BEGIN
+    UPDATE farebox.auto_topups AS t
+       SET failures = t.failures + 1, problem = why, failed_order = NEW.id, link_order = NULL,
+           blocked_until = farebox.auto_topup_pause(why, t.failures + 1),
+           changed_at = clock_timestamp()
+     WHERE t.account_id = NEW.account_id
+    RETURNING t.* INTO wanted;
+    IF wanted.account_id IS NOT NULL AND why <> 'authentication_required' THEN
+        PERFORM farebox.tell('account.auto_topup_failed', NEW.account_id, NEW.id::text, jsonb_build_object(
+            'order', NEW.id, 'pack', NEW.pack, 'reason', why, 'checkout_url', NULL, 'next_attempt_at',
+            CASE WHEN isfinite(wanted.blocked_until) THEN farebox.time_text(wanted.blocked_until) END
+        ));
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION farebox.auto_spent(_account_id uuid, _currency text, _livemode boolean) RETURNS bigint
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT coalesce(sum(o.price), 0)::bigint
+      FROM farebox.orders o
+     WHERE o.account_id = _account_id AND o.kind = 'auto' AND o.currency = _currency AND o.livemode = _livemode
+       AND o.state IN ('created', 'open', 'pending', 'paid')
+       AND o.created_at >= date_trunc('month', clock_timestamp(), 'UTC')
+$$;
+
+CREATE FUNCTION farebox.auto_topup_pause(_problem text, _failures integer) RETURNS timestamp with time zone
+    LANGUAGE sql
+    AS $$
+    SELECT CASE
+        WHEN _problem IN (
+            'authentication_required', 'expired_card', 'fraudulent', 'incorrect_number', 'invalid_account',
+            'lost_card', 'merchant_blacklist', 'payment_method_gone', 'pickup_card', 'restricted_card',
+            'revocation_of_all_authorizations', 'revocation_of_authorization', 'security_violation', 'stolen_card',
+            'stop_payment_order'
+        ) THEN 'infinity'
+        ELSE coalesce(
+            clock_timestamp()
+                + (ARRAY[interval '1 hour', interval '6 hours', interval '24 hours', interval '72 hours'])[_failures],
+            'infinity'
+        )
+    END
+$$;
+
 CREATE TABLE farebox.idempotency_keys (
     account_id uuid NOT NULL,
     key_hash bytea NOT NULL,
@@ -1223,6 +1274,20 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION farebox.block_auto_topup(_account_id uuid, _problem text, _until timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    UPDATE farebox.auto_topups AS t
+       SET problem = _problem, blocked_until = _until, changed_at = clock_timestamp()
+     WHERE t.account_id = _account_id;
+    PERFORM farebox.tell('account.auto_topup_failed', _account_id, NULL, jsonb_build_object(
+        'order', NULL, 'pack', t.pack, 'reason', _problem, 'checkout_url', NULL,
+        'next_attempt_at', CASE WHEN isfinite(_until) THEN farebox.time_text(_until) END
+    )) FROM farebox.auto_topups t WHERE t.account_id = _account_id;
+END
+$$;
+
 CREATE FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) RETURNS record
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1299,6 +1364,85 @@ CREATE FUNCTION farebox.charge_for(_version text, _model text, _variant text, _u
     SELECT farebox.charge_at(p.rates, p.per_request, _usage)
       FROM farebox.prices p
      WHERE p.version = _version AND p.model = _model AND p.variant = _variant
+$$;
+
+CREATE TABLE farebox.orders (
+    id uuid NOT NULL,
+    account_id uuid NOT NULL,
+    kind text NOT NULL,
+    state text DEFAULT 'created'::text NOT NULL,
+    pack text,
+    credits bigint NOT NULL,
+    bonus bigint DEFAULT 0 NOT NULL,
+    credits_seconds bigint,
+    bonus_seconds bigint,
+    currency text NOT NULL,
+    price bigint NOT NULL,
+    discount_max bigint DEFAULT 0 NOT NULL,
+    livemode boolean NOT NULL,
+    actor text NOT NULL,
+    request_key text,
+    request_digest bytea,
+    save_payment_method boolean DEFAULT false NOT NULL,
+    success_url text,
+    cancel_url text,
+    customer text,
+    payment_method text,
+    session_id text,
+    payment_intent text,
+    invoice text,
+    url text,
+    problem text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    paid_at timestamp with time zone,
+    received bigint,
+    subtotal bigint,
+    discount bigint,
+    tax bigint,
+    credit_version bigint,
+    bonus_version bigint,
+    taken bigint DEFAULT 0 NOT NULL,
+    bonus_taken bigint DEFAULT 0 NOT NULL,
+    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
+    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
+    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
+    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
+    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
+    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
+    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
+    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
+    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
+    CONSTRAINT orders_price_check CHECK ((price > 0)),
+    CONSTRAINT orders_received_check CHECK ((received >= 0)),
+    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
+    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
+    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
+    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
+    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
+    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
+);
+
+CREATE FUNCTION farebox.claim_auto_orders(_livemode boolean, _after interval, _rows integer) RETURNS SETOF farebox.orders
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH silent AS MATERIALIZED (
+        SELECT o.id
+          FROM farebox.orders o
+         WHERE o.kind = 'auto' AND o.livemode = _livemode AND o.state IN ('created', 'open', 'pending')
+           AND o.changed_at < clock_timestamp() - greatest(
+                   _after, least((clock_timestamp() - o.created_at) / 8, interval '1 hour')
+               )
+         ORDER BY o.changed_at
+         LIMIT _rows
+           FOR UPDATE SKIP LOCKED
+    )
+    UPDATE farebox.orders AS o
+       SET changed_at = clock_timestamp()
+      FROM silent
+     WHERE o.id = silent.id
+    RETURNING o.*
 $$;
 
 CREATE TABLE farebox.stripe_events (
@@ -2489,63 +2633,6 @@ BEGIN
 END
 $$;
 
-CREATE TABLE farebox.orders (
-    id uuid NOT NULL,
-    account_id uuid NOT NULL,
-    kind text NOT NULL,
-    state text DEFAULT 'created'::text NOT NULL,
-    pack text,
-    credits bigint NOT NULL,
-    bonus bigint DEFAULT 0 NOT NULL,
-    credits_seconds bigint,
-    bonus_seconds bigint,
-    currency text NOT NULL,
-    price bigint NOT NULL,
-    discount_max bigint DEFAULT 0 NOT NULL,
-    livemode boolean NOT NULL,
-    actor text NOT NULL,
-    request_key text,
-    request_digest bytea,
-    save_payment_method boolean DEFAULT false NOT NULL,
-    success_url text,
-    cancel_url text,
-    customer text,
-    payment_method text,
-    session_id text,
-    payment_intent text,
-    invoice text,
-    url text,
-    problem text,
-    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
-    paid_at timestamp with time zone,
-    received bigint,
-    subtotal bigint,
-    discount bigint,
-    tax bigint,
-    credit_version bigint,
-    bonus_version bigint,
-    taken bigint DEFAULT 0 NOT NULL,
-    bonus_taken bigint DEFAULT 0 NOT NULL,
-    CONSTRAINT orders_bonus_check CHECK ((bonus >= 0)),
-    CONSTRAINT orders_bonus_seconds_check CHECK ((bonus_seconds > 0)),
-    CONSTRAINT orders_bonus_taken_check CHECK ((bonus_taken >= 0)),
-    CONSTRAINT orders_credits_check CHECK ((credits > 0)),
-    CONSTRAINT orders_credits_seconds_check CHECK ((credits_seconds > 0)),
-    CONSTRAINT orders_currency_check CHECK ((currency ~ '^[a-z]{3}$'::text)),
-    CONSTRAINT orders_discount_check CHECK ((discount >= 0)),
-    CONSTRAINT orders_discount_max_check CHECK ((discount_max >= 0)),
-    CONSTRAINT orders_kind_check CHECK ((kind = ANY (ARRAY['checkout'::text, 'auto'::text, 'plan'::text]))),
-    CONSTRAINT orders_price_check CHECK ((price > 0)),
-    CONSTRAINT orders_received_check CHECK ((received >= 0)),
-    CONSTRAINT orders_state_check CHECK ((state = ANY (ARRAY['created'::text, 'open'::text, 'pending'::text, 'paid'::text, 'failed'::text, 'expired'::text, 'canceled'::text]))),
-    CONSTRAINT orders_subtotal_check CHECK ((subtotal >= 0)),
-    CONSTRAINT orders_taken_check CHECK ((taken >= 0)),
-    CONSTRAINT orders_tax_check CHECK ((tax >= 0)),
-    CONSTRAINT paid_says_what CHECK ((((state = 'paid'::text) = (paid_at IS NOT NULL)) AND ((state = 'paid'::text) = (received IS NOT NULL)))),
-    CONSTRAINT taken_within_credits CHECK (((taken <= credits) AND (bonus_taken <= bonus)))
-);
-
 CREATE FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text) RETURNS farebox.refund_requests
     LANGUAGE plpgsql
     AS $$
@@ -2733,6 +2820,26 @@ CREATE FUNCTION farebox.ledger_id() RETURNS uuid
     SELECT i.id FROM farebox.ledger_identity i
 $$;
 
+CREATE FUNCTION farebox.link_auto_topup(_account_id uuid, _failed_order uuid, _link_order uuid) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    -- Its own number where there is no checkout: so that it isn't looked for again.
+    UPDATE farebox.auto_topups AS t
+       SET link_order = coalesce(_link_order, _failed_order), changed_at = clock_timestamp()
+     WHERE t.account_id = _account_id AND t.failed_order = _failed_order AND t.link_order IS NULL;
+    IF NOT FOUND THEN
+        RETURN 'late';
+    END IF;
+    PERFORM farebox.tell('account.auto_topup_failed', _account_id, f.id::text, jsonb_build_object(
+        'order', f.id, 'pack', f.pack, 'reason', f.problem, 'next_attempt_at', NULL, 'checkout_url',
+        (SELECT o.url FROM farebox.orders o WHERE o.id = _link_order)
+    )) FROM farebox.orders f WHERE f.id = _failed_order;
+    RETURN 'done';
+END
+$$;
+
 CREATE FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) RETURNS uuid[]
     LANGUAGE plpgsql
     SET enable_seqscan TO 'off'
@@ -2877,6 +2984,64 @@ CREATE FUNCTION farebox.named_rightly(_row farebox.transfers) RETURNS boolean
         END
         ELSE false
     END
+$$;
+
+CREATE FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    owner farebox.accounts;
+    wanted farebox.auto_topups;
+    payer farebox.stripe_customers;
+    at timestamptz := clock_timestamp();
+    outcome text;
+BEGIN
+    PERFORM farebox.lock_accounts(ARRAY[_account_id], NULL);
+    SELECT * INTO wanted FROM farebox.auto_topups t WHERE t.account_id = _account_id FOR UPDATE;
+    SELECT * INTO owner FROM farebox.accounts a WHERE a.id = _account_id;
+    SELECT * INTO payer FROM farebox.stripe_customers c WHERE c.account_id = _account_id AND c.livemode = _livemode;
+    IF (wanted.enabled AND wanted.livemode = _livemode AND owner.balance < wanted.threshold
+        AND owner.frozen_at IS NULL AND coalesce(wanted.blocked_until <= at, true)) IS NOT TRUE THEN
+        RETURN 'not_due';
+    END IF;
+    -- Looked for before it is inserted: the unique index would wait for whoever ends the other one, and that one for us.
+    IF EXISTS (
+        SELECT FROM farebox.orders o
+         WHERE o.account_id = _account_id AND o.kind = 'auto' AND o.state IN ('created', 'open', 'pending')
+    ) THEN
+        RETURN 'busy';
+    END IF;
+    IF payer.payment_method IS NULL THEN
+        RETURN 'no_payment_method';
+    END IF;
+    outcome := CASE
+        WHEN NOT _offered THEN 'pack_gone'
+        WHEN (_currency = wanted.currency AND _price <= wanted.price AND _credits >= wanted.credits) IS NOT TRUE
+            THEN 'pack_changed'
+        WHEN farebox.auto_spent(_account_id, _currency, _livemode) + _price > wanted.monthly_max THEN 'monthly_max'
+        WHEN _day_max <= (
+            SELECT count(*) FROM farebox.orders o
+             WHERE o.account_id = _account_id AND o.kind = 'auto' AND o.created_at > at - interval '24 hours'
+        ) THEN 'too_often'
+    END;
+    IF outcome IS NOT NULL THEN
+        PERFORM farebox.block_auto_topup(_account_id, outcome, CASE outcome
+            WHEN 'monthly_max' THEN date_trunc('month', at, 'UTC') + interval '1 month'
+            WHEN 'too_often' THEN at + interval '6 hours'
+            ELSE 'infinity'
+        END);
+        RETURN outcome;
+    END IF;
+    INSERT INTO farebox.orders (
+        id, account_id, kind, pack, credits, bonus, credits_seconds, bonus_seconds, currency, price, livemode, actor,
+        customer, payment_method
+    ) VALUES (
+        _id, _account_id, 'auto', wanted.pack, _credits, _bonus, _credits_seconds, _bonus_seconds, _currency, _price,
+        _livemode, 'auto_topup', payer.customer, payer.payment_method
+    );
+    RETURN 'done';
+END
 $$;
 
 CREATE FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) RETURNS text
@@ -3710,6 +3875,26 @@ CREATE FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) RETURNS by
     )))
 $$;
 
+CREATE FUNCTION farebox.set_auto_topup(_account_id uuid, _enabled boolean, _threshold bigint, _pack text, _credits bigint, _currency text, _price bigint, _monthly_max bigint, _livemode boolean, _actor text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.auto_topups AS t (
+        account_id, enabled, threshold, pack, credits, currency, price, monthly_max, livemode, actor
+    )
+    SELECT a.id, _enabled, _threshold, _pack, _credits, _currency, _price, _monthly_max, _livemode, _actor
+      FROM farebox.accounts a
+     WHERE a.id = _account_id
+    ON CONFLICT (account_id) DO UPDATE
+       SET enabled = _enabled, threshold = _threshold, pack = _pack, credits = _credits, currency = _currency,
+           price = _price, monthly_max = _monthly_max, livemode = _livemode, actor = _actor,
+           failures = 0, blocked_until = NULL, problem = NULL, failed_order = NULL, link_order = NULL,
+           changed_at = clock_timestamp();
+    RETURN CASE WHEN FOUND THEN 'done' ELSE 'unknown' END;
+END
+$$;
+
 CREATE FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -3877,6 +4062,20 @@ BEGIN
     VALUES (_worker_id, _hostname, _release, clock_timestamp() + farebox.lease_length())
     ON CONFLICT (id) DO NOTHING;
     RETURN FOUND OR farebox.renew_lease(_worker_id);
+END
+$$;
+
+CREATE FUNCTION farebox.stop_auto_topup(_account_id uuid, _actor text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE farebox.auto_topups AS t
+       SET enabled = false, actor = _actor, changed_at = clock_timestamp()
+     WHERE t.account_id = _account_id AND t.enabled;
+    RETURN CASE
+        WHEN EXISTS (SELECT FROM farebox.auto_topups t WHERE t.account_id = _account_id) THEN 'done' ELSE 'unknown'
+    END;
 END
 $$;
 
@@ -4454,13 +4653,22 @@ CREATE TABLE farebox.auto_topups (
     enabled boolean NOT NULL,
     threshold bigint NOT NULL,
     pack text NOT NULL,
+    credits bigint NOT NULL,
+    currency text NOT NULL,
+    price bigint NOT NULL,
     monthly_max bigint NOT NULL,
+    livemode boolean NOT NULL,
+    actor text NOT NULL,
     failures integer DEFAULT 0 NOT NULL,
     blocked_until timestamp with time zone,
     problem text,
+    failed_order uuid,
+    link_order uuid,
     changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT auto_topups_credits_check CHECK ((credits > 0)),
     CONSTRAINT auto_topups_monthly_max_check CHECK ((monthly_max >= 0)),
-    CONSTRAINT auto_topups_threshold_check CHECK ((threshold >= 0))
+    CONSTRAINT auto_topups_price_check CHECK ((price > 0)),
+    CONSTRAINT auto_topups_threshold_check CHECK ((threshold > 0))
 );
 
 CREATE SEQUENCE farebox.dispute_questions
@@ -4759,6 +4967,8 @@ CREATE INDEX api_keys_account ON farebox.api_keys USING btree (account_id);
 
 CREATE INDEX api_keys_family ON farebox.api_keys USING btree (family);
 
+CREATE INDEX auto_topups_enabled ON farebox.auto_topups USING btree (account_id) WHERE enabled;
+
 CREATE INDEX disputes_order ON farebox.disputes USING btree (order_id);
 
 CREATE INDEX draws_owed ON farebox.draws USING btree (account_id, lot_version) WHERE owed;
@@ -4812,6 +5022,8 @@ CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.draws 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.seals FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.transfers FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
+
+CREATE TRIGGER auto_order_ended AFTER UPDATE OF state ON farebox.orders FOR EACH ROW WHEN (((new.kind = 'auto'::text) AND (new.state = ANY (ARRAY['failed'::text, 'expired'::text, 'canceled'::text])) AND (old.state <> new.state))) EXECUTE FUNCTION farebox.auto_order_ended();
 
 CREATE TRIGGER immutable BEFORE DELETE OR UPDATE OR TRUNCATE ON farebox.price_versions FOR EACH STATEMENT EXECUTE FUNCTION farebox.refuse_change();
 
@@ -4986,10 +5198,18 @@ REVOKE ALL ON FUNCTION farebox.audit_takings() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_visibility() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.auto_order_ended() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.auto_spent(_account_id uuid, _currency text, _livemode boolean) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.auto_topup_pause(_problem text, _failures integer) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.bar_claim(_claim farebox.idempotency_keys) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.batch(_reserves integer, _finalizes integer, _hold_ids uuid[], _account_ids uuid[], _key_ids text[], _amounts bigint[], _notes text[], _fingerprints bytea[], _terms integer[], _key_versions integer[], _at_leasts bigint[], _usages bigint[], _worker_ids uuid[], _price_versions text[], _models text[], _variants text[], _usage_sources text[], _capped text[], _endings text[], _wait_ms integer) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.block_auto_topup(_account_id uuid, _problem text, _until timestamp with time zone) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.book_state(OUT transfers bigint, OUT unsealed bigint, OUT unaudited bigint, OUT clean_at timestamp with time zone) TO farebox_control;
@@ -5002,6 +5222,12 @@ REVOKE ALL ON FUNCTION farebox.came_so(_lot farebox.lots, _transfer farebox.tran
 REVOKE ALL ON FUNCTION farebox.charge_at(_rates bigint[], _per_request bigint, _usage bigint[]) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.charge_for(_version text, _model text, _variant text, _usage bigint[]) FROM PUBLIC;
+
+GRANT SELECT ON TABLE farebox.orders TO farebox_control;
+GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
+
+REVOKE ALL ON FUNCTION farebox.claim_auto_orders(_livemode boolean, _after interval, _rows integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_auto_orders(_livemode boolean, _after interval, _rows integer) TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.stripe_events TO farebox_control;
 
@@ -5123,9 +5349,6 @@ REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBL
 REVOKE ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
 
-GRANT SELECT ON TABLE farebox.orders TO farebox_control;
-GRANT SELECT ON TABLE farebox.orders TO farebox_reader;
-
 REVOKE ALL ON FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
@@ -5150,6 +5373,9 @@ REVOKE ALL ON FUNCTION farebox.lease_length() FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.ledger_id() FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.ledger_id() TO farebox_gateway;
 
+REVOKE ALL ON FUNCTION farebox.link_auto_topup(_account_id uuid, _failed_order uuid, _link_order uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.link_auto_topup(_account_id uuid, _failed_order uuid, _link_order uuid) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.lock_accounts(_account_ids uuid[], _wait_ms integer) FROM PUBLIC;
 
 GRANT SELECT ON TABLE farebox.api_keys TO farebox_control;
@@ -5171,6 +5397,9 @@ GRANT ALL ON FUNCTION farebox.message_failed(_id uuid, _attempt integer, _error 
 REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due bigint, _freed bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.named_rightly(_row farebox.transfers) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) TO farebox_control;
@@ -5255,6 +5484,9 @@ GRANT SELECT ON TABLE farebox.seals TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.seal_head(_before bytea, _seal farebox.seals) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.set_auto_topup(_account_id uuid, _enabled boolean, _threshold bigint, _pack text, _credits bigint, _currency text, _price bigint, _monthly_max bigint, _livemode boolean, _actor text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.set_auto_topup(_account_id uuid, _enabled boolean, _threshold bigint, _pack text, _credits bigint, _currency text, _price bigint, _monthly_max bigint, _livemode boolean, _actor text) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.set_low_balance(_account_id uuid, _low_balance bigint) TO farebox_control;
 
@@ -5272,6 +5504,9 @@ REVOKE ALL ON FUNCTION farebox.spend_left(_key_id text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _release text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.start_worker(_worker_id uuid, _hostname text, _release text) TO farebox_gateway;
+
+REVOKE ALL ON FUNCTION farebox.stop_auto_topup(_account_id uuid, _actor text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.stop_auto_topup(_account_id uuid, _actor text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.stop_worker(_worker_id uuid) TO farebox_gateway;

@@ -221,19 +221,29 @@ CREATE TABLE farebox.disputes (
 );
 CREATE INDEX disputes_order ON farebox.disputes (order_id);
 
--- Accounts that buy a pack by themselves when their balance is below the threshold. monthly_max: minor units a calendar
--- month (UTC). blocked_until: after a payment was declined; infinity: until its owner has done something about it.
+-- Accounts that buy a pack by themselves when their balance is below the threshold. credits, currency, price: what the
+-- pack was when its owner agreed to it; one that has become dearer isn't bought. monthly_max: minor units a calendar month
+-- (UTC). blocked_until: after a payment that failed; infinity: until its owner has done something about it, as problem
+-- says. failed_order: the last that failed; link_order: the checkout that its owner was sent to in its place.
 CREATE TABLE farebox.auto_topups (
     account_id uuid PRIMARY KEY REFERENCES farebox.accounts,
     enabled boolean NOT NULL,
-    threshold bigint NOT NULL CHECK (threshold >= 0),
+    threshold bigint NOT NULL CHECK (threshold > 0),
     pack text NOT NULL,
+    credits bigint NOT NULL CHECK (credits > 0),
+    currency text NOT NULL,
+    price bigint NOT NULL CHECK (price > 0),
     monthly_max bigint NOT NULL CHECK (monthly_max >= 0),
+    livemode boolean NOT NULL,
+    actor text NOT NULL,
     failures integer NOT NULL DEFAULT 0,
     blocked_until timestamptz,
     problem text,
+    failed_order uuid,
+    link_order uuid,
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+CREATE INDEX auto_topups_enabled ON farebox.auto_topups (account_id) WHERE enabled;
 
 -- What an account was warned of: so that it is told once each time it gets there.
 CREATE TABLE farebox.alerts (
