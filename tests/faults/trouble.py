@@ -63,16 +63,25 @@ class Found:
 class Crowd:
     """``size`` callers at once, each making one call after the other to workers that it picks at random.
 
-    ``slower``: by how much answers come slower, so that as many streams make fewer calls.
+    ``slower``: by how much answers come slower, so that as many streams make fewer calls. ``accounts``: how many they
+    share.
     """
 
     def __init__(
-        self, scene: Scene, random_: random.Random, size: int, workers: dict[str, Process], *, slower: float = 1.0
+        self,
+        scene: Scene,
+        random_: random.Random,
+        size: int,
+        workers: dict[str, Process],
+        *,
+        slower: float = 1.0,
+        accounts: int = ACCOUNTS,
     ) -> None:
         self._scene = scene
         self._random = random_
         self._size = size
         self._slower = slower
+        self._accounts = accounts
         self._workers = workers
         self._running = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,7 +89,7 @@ class Crowd:
 
     async def start(self) -> None:
         """Open accounts, several callers to each, and begin."""
-        self.customers = [await self._scene.customer() for _ in range(ACCOUNTS)]
+        self.customers = [await self._scene.customer() for _ in range(self._accounts)]
         self._running = True
         self._tasks = [asyncio.create_task(self._call_on(number)) for number in range(self._size)]
 
@@ -113,9 +122,10 @@ class Crowd:
             process = self._workers[self._random.choice(sorted(self._workers))]
             answer, how = self._wish()
             stream = self._random.random() > 0.1
-            call = self._scene.plan(self.customers[number % ACCOUNTS], answer, stream=stream)
+            customer = self.customers[number % len(self.customers)]
+            call = self._scene.plan(customer, answer, stream=stream)
             try:
-                await self._scene.make(process, self.customers[number % ACCOUNTS], call, **(how if stream else {}))
+                await self._scene.make(process, customer, call, **(how if stream else {}))
             except AssertionError:
                 # The worker was killed before it served: nobody was reached.
                 call.outcome = "unreached"
