@@ -86,7 +86,7 @@ async def open_billing(
     def observe(left: Unprocessed) -> None:
         metrics.stripe_events_left(left.count, left.oldest.timestamp() if left.oldest else 0.0)
 
-    resumer = EventResumer(events, desk, observe=observe, seconds=events_seconds)
+    resumer = EventResumer(events, desk, livemode=api.livemode, observe=observe, seconds=events_seconds)
     resumer.start()
     stack.push_async_callback(resumer.stop)
     endpoint = WebhookEndpoint(

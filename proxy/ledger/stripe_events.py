@@ -99,15 +99,17 @@ class EventLedger:
         with translated():
             return bool(await self._database.fetchval("SELECT farebox.fail_event($1, $2)", event_id, text))
 
-    async def claim(self, *, pause_seconds: float = 3_600.0, without: Sequence[str] = ()) -> EventState | None:
-        """The unprocessed event that has waited longest for its next attempt, but for those of the ids ``without``;
-        None: none is due. Nobody else is given it until its pause is over.
+    async def claim(
+        self, *, livemode: bool, pause_seconds: float = 3_600.0, without: Sequence[str] = ()
+    ) -> EventState | None:
+        """The unprocessed event of this mode that has waited longest for its next attempt, but for those of the ids
+        ``without``; None: none is due. Nobody else is given it until its pause is over.
 
         The pause grows with the attempts, from 30 s to an hour, and is ``pause_seconds`` at most.
         """
-        query = "SELECT * FROM farebox.claim_event($1, $2)"
+        query = "SELECT * FROM farebox.claim_event($1, $2, $3)"
         with translated():
-            row = await self._database.fetchrow(query, timedelta(seconds=pause_seconds), list(without))
+            row = await self._database.fetchrow(query, livemode, timedelta(seconds=pause_seconds), list(without))
         return None if row is None else _state(row)
 
     async def forget(self, limit: int, *, keep_seconds: float) -> int:
@@ -122,10 +124,10 @@ class EventLedger:
         with translated():
             return [_state(row) for row in await self._database.fetch(_EVENTS, after, limit, unprocessed)]
 
-    async def unprocessed(self) -> Unprocessed:
-        """What is left to do."""
+    async def unprocessed(self, *, livemode: bool) -> Unprocessed:
+        """What is left to do in this mode."""
         with translated():
-            row = await self._database.fetchrow(_UNPROCESSED)
+            row = await self._database.fetchrow(_UNPROCESSED, livemode)
         assert row is not None
         return Unprocessed(row["count"], row["oldest"])
 

@@ -48,7 +48,9 @@ async def state_of(events: EventLedger, event: Event) -> EventState:
 async def claim_all(events: EventLedger, **how: Any) -> list[EventState]:
     """One after the other, as long as one is due."""
     claimed: list[EventState] = []
-    while (state := await events.claim(**how)) is not None and state.event.id not in {c.event.id for c in claimed}:
+    while (state := await events.claim(livemode=False, **how)) is not None and state.event.id not in {
+        c.event.id for c in claimed
+    }:
         claimed.append(state)
     return claimed
 
@@ -90,7 +92,7 @@ async def test_what_needs_no_work_is_finished_at_once(events: EventLedger) -> No
     await events.take(left)
     assert await events.take(left, outcome="not_ours") is Taken.PROCESSED
     assert (await state_of(events, left)).outcome == "not_ours"
-    assert (await events.unprocessed()).count == 0
+    assert (await events.unprocessed(livemode=False)).count == 0
 
 
 @pytest.mark.parametrize("changes", [{"type": "refund.failed"}, {"object_id": "re_other"}, {"livemode": True}])
@@ -116,20 +118,24 @@ async def test_what_is_left_is_claimed_by_one_at_a_time_after_a_pause(database: 
     for event in made:
         await events.take(event)
     await events.finish(made[0].id, "paid")
-    assert await events.claim() is None
-    assert (await events.unprocessed()).count == 5
+    assert await events.claim(livemode=False) is None
+    assert (await events.unprocessed(livemode=False)).count == 5
     await wind_back(database, tried_at=31)
-    claimed = [state.event.id for state in await asyncio.gather(*(events.claim() for _ in range(8))) if state]
+    claimed = [
+        state.event.id for state in await asyncio.gather(*(events.claim(livemode=False) for _ in range(8))) if state
+    ]
     claimed += [state.event.id for state in await claim_all(events)]
     assert sorted(claimed) == sorted(event.id for event in made[1:])
     # The second pause is longer, unless somebody is in a hurry.
     await wind_back(database, tried_at=31)
-    assert await events.claim() is None
+    assert await events.claim(livemode=False) is None
     hurried = await claim_all(events, pause_seconds=30)
     assert sorted(state.event.id for state in hurried) == sorted(claimed)
     assert {state.attempts for state in hurried} == {3}
     assert (await claim_all(events, pause_seconds=0, without=claimed[1:]))[0].event.id == claimed[0]
     await wind_back(database, tried_at=3601)
+    assert await events.claim(livemode=True) is None
+    assert (await events.unprocessed(livemode=True)).count == 0
     assert len(await claim_all(events)) == 5
 
 
@@ -151,7 +157,7 @@ async def test_old_events_are_forgotten_unless_they_wait(database: Database, eve
     await events.take(new, outcome="ignored")
     assert await events.forget(100, keep_seconds=86_400 * 90) == 1
     assert [state.event.id for state in await events.newest(limit=10)] == [new.id, waiting.id]
-    left = await events.unprocessed()
+    left = await events.unprocessed(livemode=False)
     assert left.count == 1
     assert left.oldest is not None
     assert await events.forget(100, keep_seconds=86_400 * 90) == 0

@@ -26,9 +26,9 @@ FORGET_MAX = 1_000
 
 
 async def resume_events(
-    ledger: EventLedger, desk: EventDesk, *, limit: int = EVENTS_MAX, pause_seconds: float = 3_600.0
+    ledger: EventLedger, desk: EventDesk, *, livemode: bool, limit: int = EVENTS_MAX, pause_seconds: float = 3_600.0
 ) -> tuple[int, int]:
-    """Process at most ``limit`` events that are due; how many were processed, and how many failed again.
+    """Process at most ``limit`` events of our key's mode that are due; how many were processed, how many failed again.
 
     ``pause_seconds``: how long at most an event is left alone after an attempt. Raises LedgerError.
     """
@@ -36,7 +36,7 @@ async def resume_events(
     failed = 0
     while len(tried) < limit:
         # One at a time: what waits for its turn here could be another's meanwhile.
-        state = await ledger.claim(pause_seconds=pause_seconds, without=tried)
+        state = await ledger.claim(livemode=livemode, pause_seconds=pause_seconds, without=tried)
         if state is None:
             break
         tried.append(state.event.id)
@@ -55,11 +55,13 @@ class EventResumer:
         ledger: EventLedger,
         desk: EventDesk,
         *,
+        livemode: bool,
         observe: Callable[[Unprocessed], None] = lambda left: None,
         seconds: float = RESUME_SECONDS,
     ) -> None:
         self._ledger = ledger
         self._desk = desk
+        self._livemode = livemode
         self._observe = observe
         self._seconds = seconds
         self._task: asyncio.Task[None] | None = None
@@ -80,10 +82,10 @@ class EventResumer:
             # Jitter, so that the workers' rounds don't fall together.
             await asyncio.sleep(self._seconds * random.uniform(0.5, 1.0))  # noqa: S311
             try:
-                processed, failed = await resume_events(self._ledger, self._desk)
+                processed, failed = await resume_events(self._ledger, self._desk, livemode=self._livemode)
                 if processed or failed:
                     log.info("webhooks were resumed", processed=processed, failed=failed)
                 await self._ledger.forget(FORGET_MAX, keep_seconds=KEEP_SECONDS)
-                self._observe(await self._ledger.unprocessed())
+                self._observe(await self._ledger.unprocessed(livemode=self._livemode))
             except Exception as error:  # noqa: BLE001 - the next round may fare better; the events can wait for it
                 log.warning("webhooks were not resumed", reason=str(error))

@@ -1460,7 +1460,7 @@ CREATE TABLE farebox.stripe_events (
     CONSTRAINT processed_says_how CHECK (((processed_at IS NULL) = (outcome IS NULL)))
 );
 
-CREATE FUNCTION farebox.claim_event(_pause interval, _without text[]) RETURNS SETOF farebox.stripe_events
+CREATE FUNCTION farebox.claim_event(_livemode boolean, _pause interval, _without text[]) RETURNS SETOF farebox.stripe_events
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -1470,6 +1470,7 @@ CREATE FUNCTION farebox.claim_event(_pause interval, _without text[]) RETURNS SE
          SELECT d.id
            FROM farebox.stripe_events d
           WHERE d.processed_at IS NULL
+            AND d.livemode = _livemode
             AND d.tried_at <= clock_timestamp() - least(farebox.event_pause(d.attempts), _pause)
             AND d.id <> ALL (_without)
           ORDER BY d.tried_at
@@ -5231,8 +5232,8 @@ GRANT ALL ON FUNCTION farebox.claim_auto_orders(_livemode boolean, _after interv
 
 GRANT SELECT ON TABLE farebox.stripe_events TO farebox_control;
 
-REVOKE ALL ON FUNCTION farebox.claim_event(_pause interval, _without text[]) FROM PUBLIC;
-GRANT ALL ON FUNCTION farebox.claim_event(_pause interval, _without text[]) TO farebox_control;
+REVOKE ALL ON FUNCTION farebox.claim_event(_livemode boolean, _pause interval, _without text[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_event(_livemode boolean, _pause interval, _without text[]) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.claim_key(_account_id uuid, _key_hash bytea, _fingerprint bytea, _hold_id uuid, _worker_id uuid, OUT outcome text, OUT hold_id uuid, OUT head text, OUT body bytea) TO farebox_gateway;

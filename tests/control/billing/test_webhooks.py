@@ -372,7 +372,7 @@ async def test_the_loop_comes_back_for_what_was_left(shop: Shop, module_database
     await connection.close()
     shop.troubles = [RuntimeError("again")]
     seen: asyncio.Queue[Unprocessed] = asyncio.Queue()
-    loop = EventResumer(shop.ledger, shop.desk, observe=seen.put_nowait, seconds=0.02)
+    loop = EventResumer(shop.ledger, shop.desk, livemode=False, observe=seen.put_nowait, seconds=0.02)
     loop.start()
     async with asyncio.timeout(20):
         left = await seen.get()
@@ -380,5 +380,5 @@ async def test_the_loop_comes_back_for_what_was_left(shop: Shop, module_database
     states = [await shop.state(one["id"]) for one in (event, hopeless)]
     assert sorted(str(state.outcome) for state in states if state is not None) == ["None", "paid"]
     assert left.count >= 1
-    assert await resume_events(shop.ledger, shop.desk, pause_seconds=0) == (left.count, 0)
-    assert (await shop.ledger.unprocessed()).count == 0
+    assert await resume_events(shop.ledger, shop.desk, livemode=False, pause_seconds=0) == (left.count, 0)
+    assert (await shop.ledger.unprocessed(livemode=False)).count == 0

@@ -66,8 +66,9 @@ $$;
 
 -- Takes the unprocessed event that was tried longest ago, to try it again; it is this caller's for its pause, since
 -- being tried is what makes the next attempt wait. No row: none is due. _pause: wait so long at most (a hurried
--- operator: not at all). _without: those that the caller has tried just now.
-CREATE FUNCTION farebox.claim_event(_pause interval, _without text[]) RETURNS SETOF farebox.stripe_events
+-- operator: not at all). _without: those that the caller has tried just now. _livemode: of the mode whose key the caller
+-- has; to another's the object is unknown, which is no reason to be done with it.
+CREATE FUNCTION farebox.claim_event(_livemode boolean, _pause interval, _without text[]) RETURNS SETOF farebox.stripe_events
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     UPDATE farebox.stripe_events AS e
        SET attempts = e.attempts + 1, tried_at = clock_timestamp()
@@ -75,6 +76,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
          SELECT d.id
            FROM farebox.stripe_events d
           WHERE d.processed_at IS NULL
+            AND d.livemode = _livemode
             AND d.tried_at <= clock_timestamp() - least(farebox.event_pause(d.attempts), _pause)
             AND d.id <> ALL (_without)
           ORDER BY d.tried_at
