@@ -3,87 +3,11 @@ the real Stripe client."""
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
 import pytest
 
-from proxy.control.billing.disputes import DisputeDesk
-from proxy.control.billing.refunds import RefundDesk
-from proxy.ledger.audit import audit
-from proxy.ledger.disputes import DisputeLedger
-from proxy.ledger.orders import Order
-from proxy.ledger.refunds import RefundLedger
-from tests.control.billing.till import Desk
-
-# 10 dollars for 1,000 credits: a cent is a credit.
-
-
-@dataclass(frozen=True, slots=True)
-class Counter:
-    """Refunds and disputes beside the till."""
-
-    desk: Desk
-    refunds: RefundDesk
-    disputes: DisputeDesk
-
-    async def sold(self, *, account_id: UUID | None = None, tax: int = 0, **changes: Any) -> tuple[Order, str]:
-        """An order that was paid, and its PaymentIntent."""
-        order, intent = await self.paid_unseen(account_id=account_id, tax=tax, **changes)
-        assert (await self.desk.till.apply_payment(payment_intent=intent)).outcome == "paid"
-        return await self.desk.orders.find(order.id), intent
-
-    async def paid_unseen(self, *, account_id: UUID | None = None, tax: int = 0, **changes: Any) -> tuple[Order, str]:
-        """An order that was paid at Stripe, of which nothing has been heard here."""
-        order = await self.desk.order(account_id, **changes)
-        intent = self.desk.stripe.checkout.pay(await self.desk.session(order), tax=tax)
-        assert intent is not None
-        return order, intent
-
-    async def refund(self, intent: str, amount: int | None = None, **given: Any) -> str:
-        """As somebody does in Stripe's dashboard; applied."""
-        refund = self.desk.stripe.refunds.create(intent, amount, **given)["id"]
-        await self.refunds.apply(refund)
-        return str(refund)
-
-    async def spend(self, order: Order, amount: int) -> None:
-        key = await self.desk.bank.open_key(order.account_id)
-        row, _ = await self.desk.bank.reserve(key, amount)
-        await self.desk.bank.finalize(row, amount)
-
-    async def money(self, order: Order) -> tuple[int, int, int]:
-        return await self.desk.bank.money(order.account_id)
-
-    async def taken(self, order: Order) -> tuple[int, int]:
-        found = await self.desk.orders.find(order.id)
-        return found.taken, found.bonus_taken
-
-    async def lots(self, order: Order) -> list[tuple[str, int, int, int]]:
-        """Kind, remaining, reserved and owed of the account's lots."""
-        await self.desk.bank.control._pool.fetch("SELECT farebox.draw_lots($1, NULL, NULL)", order.account_id)
-        rows = await self.desk.bank.control._pool.fetch(
-            "SELECT kind, remaining, reserved, owed FROM farebox.lots WHERE account_id = $1 ORDER BY version",
-            order.account_id,
-        )
-        return [tuple(row) for row in rows]
-
-    async def audit(self) -> None:
-        checks = await audit(self.desk.bank.owner)
-        assert [check for check in checks if not check.ok] == []
-
-
-@pytest.fixture
-async def counter(desk: Desk) -> AsyncIterator[Counter]:
-    pool = desk.bank.control._pool
-    opened = Counter(
-        desk,
-        RefundDesk(desk.api, RefundLedger(pool), desk.till),
-        DisputeDesk(desk.api, DisputeLedger(pool), desk.till),
-    )
-    yield opened
-    await opened.audit()
+from tests.control.billing.counter import Counter
 
 
 async def test_a_partial_refund_takes_its_share_of_what_was_bought(counter: Counter) -> None:
@@ -141,7 +65,7 @@ async def test_a_stale_answer_can_t_undo_a_later_one(counter: Counter) -> None:
     refund = await counter.refund(intent, 400, beginning="pending")
     counter.desk.stripe.refunds.settle(refund, "failed")
     await counter.refunds.apply(refund)
-    again = await counter.refunds._ledger.apply(
+    again = await counter.ledger.apply(
         refund, payment_intent=intent, amount=400, currency="usd", status="succeeded", request_id=None, problem=None
     )
     assert again.outcome == "stale"
@@ -255,11 +179,11 @@ async def test_another_amount_under_a_known_id_is_a_conflict(counter: Counter) -
     refund = await counter.refund(intent, 100)
     for changes in ({"amount": 101}, {"currency": "eur"}):
         given: dict[str, Any] = {"amount": 100, "currency": "usd", "status": "succeeded"}
-        applied = await counter.refunds._ledger.apply(
+        applied = await counter.ledger.apply(
             refund, payment_intent=intent, request_id=None, problem=None, **(given | changes)
         )
         assert applied.outcome == "conflict"
-    applied = await counter.refunds._ledger.apply(
+    applied = await counter.ledger.apply(
         refund, payment_intent=intent, request_id=None, problem=None, amount=100, currency="usd", status="odd"
     )
     assert applied.outcome == "unknown_status"
