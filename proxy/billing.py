@@ -10,6 +10,7 @@ and stopped by the stack, which ends in reverse order).
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import datetime
 
 from starlette.routing import BaseRoute
 
@@ -18,6 +19,7 @@ from proxy.control.billing.event_types import Subject
 from proxy.control.billing.events import Appliers, EventDesk
 from proxy.control.billing.refunds import RefundDesk
 from proxy.control.billing.resume import EventResumer
+from proxy.control.billing.resume_refunds import RefundResumer
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.till import Till
 from proxy.control.billing.webhooks import WebhookEndpoint, webhook_routes
@@ -79,8 +81,10 @@ async def open_billing(
     stack.callback(api.close)
     orders = OrderLedger(pool)
     till = Till(api, orders, metrics=metrics)
-    refunds, disputes = RefundDesk(api, RefundLedger(pool), till), DisputeDesk(api, DisputeLedger(pool), till)
     events = EventLedger(pool)
+    requests = RefundLedger(pool)
+    refunds = RefundDesk(api, requests, till, metrics=metrics)
+    disputes = DisputeDesk(api, DisputeLedger(pool), till, metrics=metrics)
     desk = EventDesk(events, _appliers(till, refunds, disputes), metrics=metrics)
 
     def observe(left: Unprocessed) -> None:
@@ -89,6 +93,13 @@ async def open_billing(
     resumer = EventResumer(events, desk, livemode=api.livemode, observe=observe, seconds=events_seconds)
     resumer.start()
     stack.push_async_callback(resumer.stop)
+
+    def observe_refunds(held: int, oldest: datetime | None) -> None:
+        metrics.refunds_held(held, oldest.timestamp() if oldest else 0.0)
+
+    refund_resumer = RefundResumer(requests, refunds, observe=observe_refunds)
+    refund_resumer.start()
+    stack.push_async_callback(refund_resumer.stop)
     endpoint = WebhookEndpoint(
         events,
         desk,

@@ -56,6 +56,9 @@ PAYMENT_OUTCOMES = ("paid", "quarantined")
 AUTO_TOPUP_OUTCOMES = ("paid", "pending", "failed", "unresolved", "blocked")
 """What became of automatic top-ups, each time one was looked at."""
 
+RETURN_OUTCOMES = ("taken", "returned", "conflict", "unknown_status")
+"""What became of refunds and disputes that moved credits, or should have: the values of the label ``outcome``."""
+
 MESSAGE_OUTCOMES = ("delivered", "failed", "given_up")
 """What became of an attempt to send a message to the operator's endpoint."""
 
@@ -284,6 +287,21 @@ class Metrics:
         """A payment was credited, or put into quarantine: one of PAYMENT_OUTCOMES."""
         self._payments[outcome].inc()
 
+    def refund_applied(self, outcome: str) -> None:
+        """A refund was applied; those that are none of RETURN_OUTCOMES moved nothing, and aren't counted."""
+        if outcome in self._refunds:
+            self._refunds[outcome].inc()
+
+    def dispute_applied(self, outcome: str) -> None:
+        """A dispute was applied, as ``refund_applied``."""
+        if outcome in self._disputes:
+            self._disputes[outcome].inc()
+
+    def refunds_held(self, count: int, oldest_at: float) -> None:
+        """How many refunds we asked for are unanswered, and since when the oldest is (Unix time; 0: there is none)."""
+        self._refunds_held.set(count)
+        self._refunds_oldest.set(oldest_at)
+
     def stripe_events_left(self, count: int, oldest_at: float) -> None:
         """How many webhooks are not processed, and since when the oldest waits (Unix time; 0: there is none)."""
         self._stripe_events_unprocessed.set(count)
@@ -385,6 +403,14 @@ class Metrics:
         self._stripe_events = {outcome: events.labels(outcome) for outcome in STRIPE_EVENT_OUTCOMES}
         payments = self._counter("payments_total", "Payments that came in, by what became of them.", ("outcome",))
         self._payments = {outcome: payments.labels(outcome) for outcome in PAYMENT_OUTCOMES}
+        refunds = self._counter("refunds_total", "Refunds that Stripe told of, by what became of them.", ("outcome",))
+        self._refunds = {outcome: refunds.labels(outcome) for outcome in RETURN_OUTCOMES}
+        disputes = self._counter("disputes_total", "Disputes, by what each news of one did.", ("outcome",))
+        self._disputes = {outcome: disputes.labels(outcome) for outcome in RETURN_OUTCOMES}
+        self._refunds_held = self._gauge("refunds_held", "Refunds that we asked Stripe for and that are unanswered.")
+        self._refunds_oldest = self._gauge(
+            "refunds_held_oldest_timestamp_seconds", "Since when the oldest unanswered refund has waited."
+        )
         self._stripe_events_unprocessed = self._gauge(
             "stripe_events_unprocessed", "Webhooks that were received and are not processed."
         )

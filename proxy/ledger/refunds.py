@@ -188,6 +188,26 @@ class RefundLedger:
             raise Unknown(f"no refund request {request_id}")
         return _request(row)
 
+    async def claim(self, *, age_seconds: float, pause_seconds: float, limit: int) -> list[RefundRequest]:
+        """Requests made at least so long ago that nobody has taken lately: the caller sees to them now.
+
+        None is given out again before some time has passed: the longer the older it is, up to ``pause_seconds``.
+        """
+        with translated():
+            rows = await self._pool.fetch(
+                _CLAIM, timedelta(seconds=age_seconds), timedelta(seconds=pause_seconds), limit
+            )
+        return [await self.request(row["id"]) for row in rows]
+
+    async def waiting(self) -> tuple[int, datetime | None]:
+        """How many requests wait for their refund, and since when the oldest does."""
+        with translated():
+            row = await self._pool.fetchrow(
+                "SELECT count(*) AS count, min(created_at) AS oldest FROM farebox.refund_requests WHERE state = 'held'"
+            )
+        assert row is not None
+        return row["count"], row["oldest"]
+
     async def held(self, *, age_seconds: float = 0.0, limit: int = 100) -> list[RefundRequest]:
         """Requests that wait for their refund, the oldest first, made at least so long ago."""
         with translated():
@@ -195,6 +215,7 @@ class RefundLedger:
         return [_request(row) for row in rows]
 
 
+_CLAIM = "SELECT * FROM farebox.claim_refund_requests($1, $2, $3)"
 _HELD = report("held_refund_requests")
 _COLUMNS = tuple(RefundRequest.__dataclass_fields__)
 

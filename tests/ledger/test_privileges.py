@@ -42,6 +42,7 @@ CONTROL = {
     "apply_refund",
     "open_refund_request",
     "release_refund_request",
+    "claim_refund_requests",
     "ask_dispute",
     "apply_dispute",
     "put_price_version",

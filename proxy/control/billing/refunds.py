@@ -7,7 +7,7 @@ held request, which ``carry_out`` goes on with: it looks for the refund before i
 after a day.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,9 +106,13 @@ class RefundDesk:
 
     async def resume(self, *, age_seconds: float = 0.0, limit: int = 100) -> Resumed:
         """Carry on with requests that were made at least so long ago and have no refund yet. Raises LedgerError."""
+        return await self.carry_on(await self._ledger.held(age_seconds=age_seconds, limit=limit))
+
+    async def carry_on(self, requests: Sequence[RefundRequest]) -> Resumed:
+        """Carry on with these, one after the other. Raises LedgerError."""
         ended: list[RefundRequest] = []
         waiting: list[tuple[RefundRequest, str]] = []
-        for request in await self._ledger.held(age_seconds=age_seconds, limit=limit):
+        for request in requests:
             if request.livemode != self._api.livemode:
                 waiting.append((request, "it is of the other mode than FAREBOX_STRIPE_KEY"))
                 continue

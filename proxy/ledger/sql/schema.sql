@@ -1561,6 +1561,25 @@ CREATE FUNCTION farebox.claim_messages(_rows integer, _lease interval) RETURNS S
     RETURNING o.*
 $$;
 
+CREATE FUNCTION farebox.claim_refund_requests(_age interval, _pause interval, _limit integer) RETURNS TABLE(id uuid)
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    WITH due AS MATERIALIZED (
+        SELECT d.id
+          FROM farebox.refund_requests d
+         WHERE d.state = 'held' AND d.created_at <= clock_timestamp() - _age
+           AND d.changed_at <= clock_timestamp() - least(
+                   greatest((clock_timestamp() - d.created_at) / 4, _age), greatest(_pause, _age)
+               )
+         ORDER BY d.changed_at
+         LIMIT _limit
+           FOR UPDATE SKIP LOCKED
+    )
+    UPDATE farebox.refund_requests AS r SET changed_at = clock_timestamp() FROM due WHERE r.id = due.id
+    RETURNING r.id
+$$;
+
 CREATE FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) RETURNS text
     LANGUAGE plpgsql STABLE
     SET enable_seqscan TO 'off'
@@ -5242,6 +5261,9 @@ GRANT SELECT ON TABLE farebox.outbox TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.claim_messages(_rows integer, _lease interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.claim_messages(_rows integer, _lease interval) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.claim_refund_requests(_age interval, _pause interval, _limit integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.claim_refund_requests(_age interval, _pause interval, _limit integer) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.claim_state(_claim farebox.idempotency_keys) FROM PUBLIC;
 

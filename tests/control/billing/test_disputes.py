@@ -25,7 +25,7 @@ async def test_an_inquiry_takes_nothing_and_freezes_nobody(counter: Counter) -> 
     dispute = counter.desk.stripe.disputes.open(intent, inquiry=True)
     assert await counter.disputes.apply(dispute) == "known"
     for status in ("warning_under_review", "warning_closed"):
-        assert await moved(counter, dispute, status) == "known"  # type: ignore[arg-type]
+        assert await moved(counter, dispute, status) == "known"
     assert not await frozen(counter, order.account_id)
     assert await counter.money(order) == (1000, 0, 0)
 
@@ -91,7 +91,7 @@ async def test_an_appeal_that_is_won_gives_back_what_was_lost(counter: Counter) 
     dispute = counter.desk.stripe.disputes.open(intent)
     await counter.disputes.apply(dispute)
     for status in ("under_review", "lost", "appeal_needs_response", "appeal_under_review"):
-        assert await moved(counter, dispute, status) == "known"  # type: ignore[arg-type]
+        assert await moved(counter, dispute, status) == "known"
         assert await counter.money(order) == (0, 0, 0)
     assert await moved(counter, dispute, "won") == "returned"
     assert not await frozen(counter, order.account_id)
@@ -104,7 +104,7 @@ async def test_a_bank_that_comes_back_upon_a_won_dispute_takes_and_freezes_again
     await counter.disputes.apply(dispute)
     await moved(counter, dispute, "won")
     for status in ("lost", "won", "lost"):
-        assert await moved(counter, dispute, status) == ("returned" if status == "won" else "taken")  # type: ignore[arg-type]
+        assert await moved(counter, dispute, status) == ("returned" if status == "won" else "taken")
         assert await frozen(counter, order.account_id) is (status == "lost")
     assert await counter.money(order) == (0, 0, 0)
     transfers = await counter.desk.bank.control.transfers(order.account_id)
@@ -120,10 +120,11 @@ async def test_a_bank_that_comes_back_upon_a_won_dispute_takes_and_freezes_again
 
 
 async def test_first_heard_of_when_it_is_over(counter: Counter) -> None:
-    for status, outcome, left in (("won", "known", 1000), ("lost", "taken", 0)):
+    cases: list[tuple[Status, str, int]] = [("won", "known", 1000), ("lost", "taken", 0)]
+    for status, outcome, left in cases:
         order, intent = await counter.sold()
         dispute = counter.desk.stripe.disputes.open(intent)
-        assert await moved(counter, dispute, status) == outcome  # type: ignore[arg-type]
+        assert await moved(counter, dispute, status) == outcome
         assert await counter.money(order) == (left, 0, 0)
         assert await frozen(counter, order.account_id) is (status == "lost")
 

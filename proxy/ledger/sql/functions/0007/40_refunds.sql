@@ -328,6 +328,26 @@ BEGIN
 END
 $$;
 
+-- Requests that wait for their refund, were made longer than _age ago, and were not given out lately: they are the
+-- caller's for a quarter of their age, _age at least and _pause at most. _limit of them, the longest left alone first.
+CREATE FUNCTION farebox.claim_refund_requests(_age interval, _pause interval, _limit integer)
+RETURNS TABLE (id uuid)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH due AS MATERIALIZED (
+        SELECT d.id
+          FROM farebox.refund_requests d
+         WHERE d.state = 'held' AND d.created_at <= clock_timestamp() - _age
+           AND d.changed_at <= clock_timestamp() - least(
+                   greatest((clock_timestamp() - d.created_at) / 4, _age), greatest(_pause, _age)
+               )
+         ORDER BY d.changed_at
+         LIMIT _limit
+           FOR UPDATE SKIP LOCKED
+    )
+    UPDATE farebox.refund_requests AS r SET changed_at = clock_timestamp() FROM due WHERE r.id = due.id
+    RETURNING r.id
+$$;
+
 GRANT EXECUTE ON FUNCTION
-    farebox.apply_refund, farebox.open_refund_request, farebox.release_refund_request
+    farebox.apply_refund, farebox.open_refund_request, farebox.release_refund_request, farebox.claim_refund_requests
 TO farebox_control;
