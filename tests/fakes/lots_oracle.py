@@ -1,9 +1,9 @@
 """What lots should hold, said once more and in another way: everything is drawn at the moment it happens.
 
-Written from the rules, not from the SQL. One account; money is an integer, time is a number that ``pass_time`` raises.
+Written from the rules, not from the SQL. One account; money is an integer, time a number that ``pass_time`` raises.
 The rules:
 
-- What is due is taken from what is available; the rest is lent, as debt. Debt is paid first from what becomes available.
+- What is due is taken from what is available; the rest is lent, as debt. Debt is paid from what becomes available first.
 - Slices of lots are taken in an order: for a taking, what is free of the lot it is aimed at; for a debt's payment, what
   is owed; then what is free of lots not expired when the hold was opened, by priority, end and age; what is free of
   expired ones, the latest to end first; what is owed; what is reserved.
@@ -22,7 +22,7 @@ PRIORITIES = {"promo": 100, "granted": 200, "paid": 300}
 
 @dataclass(slots=True)
 class DrawnLot:
-    """``end``: the time from which on it has expired; None: never. ``taken``: what takings drew, the last at the end."""
+    """``end``: when it has expired; None: never. ``taken``: what takings drew, the last at the end."""
 
     version: int
     kind: str
@@ -196,11 +196,11 @@ class LotsOracle:
         offered: list[tuple[tuple[float, ...], str, DrawnLot, int]] = []
         for lot in self.lots.values():
             over = lot.end is not None and lot.end <= opened
-            place = (3, -(lot.end or 0), *lot.order) if over else (2, *lot.order)
+            place: tuple[float, ...] = (3, -(lot.end or 0), *lot.order) if over else (2, *lot.order)
             offered.append(((0,) if lot is aimed else place, "free", lot, lot.free))
             offered.append(((1 if pays_debt else 4, *lot.order), "owed", lot, lot.owed))
             offered.append(((5, *lot.order), "reserved", lot, lot.reserved))
-        taken = []
+        taken: list[tuple[Drawn, bool]] = []
         for place, name, lot, amount in sorted(offered, key=lambda each: each[0]):
             part = min(due, amount)
             if part == 0:

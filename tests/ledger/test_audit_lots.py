@@ -1,6 +1,5 @@
 """The audit of lots: right after everything that happens to them, and no altered row of theirs escapes it."""
 
-from collections.abc import AsyncIterator
 from uuid import UUID
 
 import pytest
@@ -47,7 +46,7 @@ def accounts() -> dict[str, UUID]:
 
 
 @pytest.fixture
-async def drawn_bank(bank: Bank, accounts: dict[str, UUID]) -> AsyncIterator[Bank]:
+async def drawn_bank(bank: Bank, accounts: dict[str, UUID]) -> Bank:
     """A bank in which lots were drawn, owed, unwound and are drawn to somewhere."""
     if not accounts:
         account, key = await bank.open_account(50)
@@ -62,7 +61,7 @@ async def drawn_bank(bank: Bank, accounts: dict[str, UUID]) -> AsyncIterator[Ban
         await bank.owner.fetchval("SELECT farebox.draw_lots($1, NULL, NULL)", account.id)
         other, _ = await bank.open_account(7)
         await bank.owner.fetchval("SELECT farebox.draw_lots($1, NULL, NULL)", other.id)
-    yield bank
+    return bank
 
 
 async def broken(bank: Bank) -> set[str]:

@@ -1,7 +1,7 @@
 """Lots against their oracle: whatever happens to an account, late or in time, they hold what they should.
 
-The SQL draws behind the writers, in stretches of any length; the oracle at once. Time is the order of a few ends: a lot's
-end is far away until the machine lets it come, so that what was opened before it and what after is plain.
+The SQL draws behind the writers, in stretches of any length; the oracle at once. Time is the order of a few ends: a
+lot's end is far away until the machine lets it come, so that what was opened before it and what after is plain.
 """
 
 import asyncio
@@ -150,7 +150,8 @@ class LotsMachine(RuleBasedStateMachine):
                 *(self.id, "promo" if promo else "grant", amount, uuid4().hex, at, priority),
             )
         )
-        assert row is not None and row["outcome"] == "done"
+        assert row is not None
+        assert row["outcome"] == "done"
         lot = self.oracle.grant("promo" if promo else "granted", amount, end=end, priority=priority)
         assert row["transfer_version"] == lot.version
 
@@ -310,7 +311,8 @@ class LotsMachine(RuleBasedStateMachine):
         taken = self.oracle.take(purchase.lot, amount, at_most_lot=at_most_lot, freed=freed)
         said = self.sql(_TAKE, *arguments, freed, reference=(kind, reference))
         assert (said["outcome"], said["taken"]) == ("done" if taken else "nothing", taken)
-        assert said["lent"] <= taken and (freed or said["lent"] == self.oracle.debt - debt)
+        assert said["lent"] <= taken
+        assert freed or said["lent"] == self.oracle.debt - debt
         if taken:
             purchase.takings[reference] = kind, taken
             # Said again it changes nothing.
