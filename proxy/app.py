@@ -58,6 +58,7 @@ from proxy.ledger.idempotency import IdempotencyLedger
 from proxy.ledger.journaling import Journaling, JournalTerms
 from proxy.ledger.lease import WorkerLease
 from proxy.ledger.lines import lines_to
+from proxy.ledger.lots import LotKeeper, LotState
 from proxy.ledger.migrate import schema_state
 from proxy.ledger.outbox import Outbox
 from proxy.ledger.promos import PromoLedger
@@ -101,6 +102,7 @@ class Timing:
     alerts_seconds: float = 30.0
     messages_seconds: float = 5.0
     events_seconds: float = 30.0
+    lots_seconds: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
         control_dsn = settings.database_url_of("control") or dsn
         control = await create_pool(control_dsn, Role.CONTROL, size=CONTROL_CONNECTIONS)
         stack.push_async_callback(control.close)
-        _keep_the_book(control_dsn, metrics, stack)
+        _keep_the_book(control_dsn, metrics, timing, stack)
         _tell(settings, control_dsn, control, metrics, timing, stack)
         reader = await create_pool(settings.database_url_of("reader") or dsn, Role.READER, size=READER_CONNECTIONS)
         stack.push_async_callback(reader.close)
@@ -371,7 +373,7 @@ async def _money(
     return measured, lease, settler
 
 
-def _keep_the_book(dsn: str, metrics: Metrics, stack: AsyncExitStack) -> None:
+def _keep_the_book(dsn: str, metrics: Metrics, timing: Timing, stack: AsyncExitStack) -> None:
     def observe(state: BookState, broken: Sequence[Check]) -> None:
         metrics.book(
             unsealed=state.unsealed,
@@ -383,6 +385,13 @@ def _keep_the_book(dsn: str, metrics: Metrics, stack: AsyncExitStack) -> None:
     bookkeeper = Bookkeeper(dsn, observe=observe)
     bookkeeper.start()
     stack.push_async_callback(bookkeeper.stop)
+
+    def drawn(state: LotState) -> None:
+        metrics.lots(behind=state.behind, broken=state.broken, expired=state.expired)
+
+    lots = LotKeeper(dsn, observe=drawn, lots_seconds=timing.lots_seconds)
+    lots.start()
+    stack.push_async_callback(lots.stop)
 
 
 def _tell(settings: Settings, dsn: str, control: Pool, metrics: Metrics, timing: Timing, stack: AsyncExitStack) -> None:

@@ -189,6 +189,12 @@ class Metrics:
         self._audit_clean.set(clean_at)
         self._audit_broken.set(broken)
 
+    def lots(self, *, behind: int, broken: int, expired: int) -> None:
+        """A pass over lots: transfers left to draw, accounts whose lots can't be, and microcredits that expired."""
+        self._lots_behind.set(behind)
+        self._lots_broken.set(broken)
+        self._lots_expired.inc(expired)
+
     def watch(
         self,
         *,
@@ -367,6 +373,9 @@ class Metrics:
         self._unaudited = self._gauge("unaudited_transfers", "Transfers that the running audit has not looked at.")
         self._audit_clean = self._gauge("audit_clean_timestamp_seconds", "When the audit last found nothing wrong.")
         self._audit_broken = self._gauge("audit_broken_checks", "Checks that the last look of the audit found broken.")
+        self._lots_behind = self._gauge("undrawn_transfers", "Transfers that are not yet drawn from lots.")
+        self._lots_broken = self._gauge("broken_lots_accounts", "Accounts whose lots can't be drawn.")
+        self._lots_expired = self._counter("expired_microcredits_total", "Credits that expired, in microcredits.")
         self._lease = self._gauge("worker_lease_held", "1 while this process may admit requests.")
 
     def _make_journal(self) -> None:

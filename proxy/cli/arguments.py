@@ -1,6 +1,7 @@
 """The arguments and options that several commands share: read in one way, described in the same words."""
 
 import re
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -14,6 +15,8 @@ __all__ = [
     "KeyRef",
     "PageLimit",
     "amount_of",
+    "expiry_of",
+    "moment_of",
     "seconds_of",
 ]
 
@@ -39,6 +42,25 @@ def seconds_of(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"{text[:40]!r} is not a duration such as 30s, 15m, 12h, 90d or 4w")
     return int(match[1]) * _UNIT_SECONDS[match[2]]
+
+
+def moment_of(text: str) -> datetime:
+    """A time, or the beginning (UTC) of a day; a usage error otherwise."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text[:40]!r} is neither a day such as 2027-01-31 nor a time") from None
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    if not 1970 <= moment.year <= 9000:
+        raise typer.BadParameter("the year must lie between 1970 and 9000")
+    return moment
+
+
+def expiry_of(text: str) -> datetime:
+    """As ``moment_of``, or so long from now: ``90d``; a usage error otherwise."""
+    if _DURATION.match(text):
+        return datetime.now(UTC) + timedelta(seconds=seconds_of(text))
+    return moment_of(text)
 
 
 def key_id_of(text: str) -> str:

@@ -1,12 +1,12 @@
 """`farebox promo`: codes that give credits, once to each account."""
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, TypeVar
 
 import typer
 
-from proxy.cli.arguments import AsJson, DatabaseUrl, PageLimit, amount_of, seconds_of
+from proxy.cli.arguments import AsJson, DatabaseUrl, PageLimit, amount_of, moment_of, seconds_of
 from proxy.cli.output import reporting
 from proxy.cli.session import actor, with_control
 from proxy.control.billing.promo_codes import Promos, promo_code_view
@@ -18,18 +18,6 @@ __all__ = ["app"]
 app = typer.Typer(help="Promo codes: credits, once to each account that names one.", no_args_is_help=True)
 
 Result = TypeVar("Result")
-
-
-def moment_of(text: str) -> datetime:
-    """A time, or the beginning (UTC) of a day; a usage error otherwise."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text[:40]!r} is neither a day such as 2027-01-31 nor a time") from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    if not 1970 <= moment.year <= 9000:
-        raise typer.BadParameter("the year must lie between 1970 and 9000")
-    return moment
 
 
 CodeRef = Annotated[str, typer.Argument(metavar="CODE", help="The code; capitals and small letters are the same.")]

@@ -1,6 +1,7 @@
 """Self-service: what a key may know of its own account. Every row is read under row-level security.
 
-    GET /v1/credits                    balance, held, available, debt
+    GET /v1/credits                    balance, held, available, debt; what expires soon
+    GET /v1/credits/lots               what each grant and purchase has left, in the order in which they are drawn
     GET /v1/transactions               the statement, newest first; ?limit=&after=
     GET /v1/usage                      by day (UTC) and model; ?from=&to=, both inclusive
     GET /v1/receipts/{request id}      why one request cost what it did
@@ -18,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from proxy.control.fields import Fields, parse_uuid, query_fields
 from proxy.control.operations import no_receipt, transaction_version
 from proxy.control.refusals import ledger_refusals
-from proxy.control.views import credits_view, page, receipt_view, transfer_view, usage_view
+from proxy.control.views import credits_view, list_view, lot_view, page, receipt_view, transfer_view, usage_view
 from proxy.core.errors import Forbidden
 from proxy.ledger.reader import AccountReader
 from proxy.ledger.records import ApiKey
@@ -30,6 +31,9 @@ Authenticate = Callable[[Request], Awaitable[ApiKey]]
 
 DAYS_DEFAULT = 30
 DAYS_MAX = 366
+EXPIRING_DAYS = 30
+"""What expires within so many days is shown with the balance."""
+LOTS_MAX = 100
 
 # A balance in somebody's cache is a wrong balance.
 _PRIVATE = {"cache-control": "private, no-store"}
@@ -51,8 +55,17 @@ def account_routes(
         query_fields(request).done()
         with ledger_refusals():
             account = await reader.account(key.account_id)
+            soon = await reader.expiring(key.account_id, datetime.now(UTC) + timedelta(days=EXPIRING_DAYS))
         assert account is not None, "a key has an account"
-        return JSONResponse(credits_view(account), headers=_PRIVATE)
+        return JSONResponse(credits_view(account, soon), headers=_PRIVATE)
+
+    async def lots(request: Request) -> Response:
+        key = await key_of(request)
+        query_fields(request).done()
+        with ledger_refusals():
+            found = await reader.lots(key.account_id, limit=LOTS_MAX + 1)
+        views = [lot_view(lot, internal=False) for lot in found[:LOTS_MAX]]
+        return JSONResponse(list_view(views, has_more=len(found) > LOTS_MAX), headers=_PRIVATE)
 
     async def transactions(request: Request) -> Response:
         key = await key_of(request)
@@ -88,6 +101,7 @@ def account_routes(
 
     return [
         Route("/v1/credits", credits),
+        Route("/v1/credits/lots", lots),
         Route("/v1/transactions", transactions),
         Route("/v1/usage", usage),
         Route("/v1/receipts/{request_id}", receipt),

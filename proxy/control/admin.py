@@ -6,6 +6,7 @@
     POST  /admin/v1/accounts/{account}/keys          make a key; the answer alone shows it
     GET   /admin/v1/accounts/{account}/keys          list
     POST  /admin/v1/accounts/{account}/grants        give credits, once for each reference
+    GET   /admin/v1/accounts/{account}/lots          what each of them has left; ?limit=&used_up=
     POST  /admin/v1/accounts/{account}/freeze, /unfreeze  nothing is admitted; until that is lifted
     GET   /admin/v1/accounts/{account}/freezes       why it is frozen, and was
     GET   /admin/v1/accounts/{account}/transactions  the statement; ?limit=&after=
@@ -35,11 +36,13 @@ from proxy.control.views import (
     freeze_view,
     key_view,
     list_view,
+    lot_view,
     page,
     receipt_view,
     transfer_view,
 )
 from proxy.core.errors import Unauthenticated
+from proxy.ledger.control import GRANT_KINDS, PRIORITY_MAX
 
 __all__ = ["TOKEN_CHARS_MIN", "AdminToken", "admin_routes"]
 
@@ -83,6 +86,7 @@ def admin_routes(token: AdminToken, operations: Operations) -> list[BaseRoute]:
         ("POST", "/accounts/{account}/keys", handlers.create_key),
         ("GET", "/accounts/{account}/keys", handlers.list_keys),
         ("POST", "/accounts/{account}/grants", handlers.grant),
+        ("GET", "/accounts/{account}/lots", handlers.lots),
         ("POST", "/accounts/{account}/freeze", handlers.freeze),
         ("POST", "/accounts/{account}/unfreeze", handlers.unfreeze),
         ("GET", "/accounts/{account}/freezes", handlers.freezes),
@@ -173,12 +177,33 @@ class _Handlers:
         amount = body.required_amount("amount")
         reference = body.required_text("reference")
         reason = body.text("reason", chars_max=1_000)
+        kind = body.one_of("kind", GRANT_KINDS) or "grant"
+        expires_at = body.moment("expires_at")
+        priority = body.whole("priority", most=PRIORITY_MAX)
         body.done()
         account = await self._operations.account(request.path_params["account"], by_name=False)
         transfer = await self._operations.grant(
-            account.id, amount, reference=reference, actor=_actor(request), reason=reason
+            account.id,
+            amount,
+            reference=reference,
+            actor=_actor(request),
+            reason=reason,
+            kind=kind,
+            expires_at=expires_at,
+            priority=priority,
         )
         return _answer(transfer_view(transfer, internal=True))
+
+    async def lots(self, request: Request) -> Response:
+        query = query_fields(request)
+        limit, used_up = query.limit(), query.text("used_up")
+        query.done()
+        if used_up not in (None, "true", "false"):
+            query.refuse("used_up", "must be true or false")
+        account = await self._operations.account(request.path_params["account"], by_name=False)
+        found = await self._operations.lots(account.id, used_up=used_up == "true", limit=limit + 1)
+        views = [lot_view(lot, internal=True) for lot in found[:limit]]
+        return _answer(list_view(views, has_more=len(found) > limit))
 
     async def freeze(self, request: Request) -> Response:
         body = await _body(request)

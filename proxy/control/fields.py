@@ -7,9 +7,9 @@ lone surrogates) is refused here, so that it never becomes a server error there.
 import asyncio
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from uuid import UUID
 
 from starlette.requests import Request
@@ -32,6 +32,8 @@ __all__ = [
 BODY_BYTES_MAX = 64 * 1024
 TEXT_CHARS_MAX = 200
 RECEIVE_SECONDS_MAX = 10.0
+
+Word = TypeVar("Word", bound=str)
 
 _WHOLE = re.compile(r"[0-9]{1,6}\Z", re.ASCII)
 
@@ -126,6 +128,25 @@ class Fields:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
             self.refuse(name, f"must be a whole number of seconds from 0 to {most}")
         return value
+
+    def whole(self, name: str, *, most: int) -> int | None:
+        """A whole number from 0 to ``most``."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            self.refuse(name, f"must be a whole number from 0 to {most}")
+        return value
+
+    def one_of(self, name: str, words: Sequence[Word]) -> Word | None:
+        """One of these words."""
+        value = self.take(name)
+        if value is None:
+            return None
+        found = next((word for word in words if value == word), None)
+        if found is None:
+            self.refuse(name, f"must be one of {', '.join(words)}")
+        return found
 
     def moment(self, name: str) -> datetime | None:
         """A time with its zone, such as 2027-01-31T12:00:00Z."""

@@ -16,8 +16,8 @@ from proxy.control.fields import check_plain, parse_uuid
 from proxy.control.refusals import ledger_refusals
 from proxy.core.errors import Conflict, InvalidRequest, NotFound
 from proxy.core.keys import KEY_RANDOM_BYTES, NewKey, Peppers, hmac_of, new_key
-from proxy.ledger.control import ControlLedger
-from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
+from proxy.ledger.control import ControlLedger, GrantKind
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Lot, Transfer
 
 __all__ = [
     "OVERLAP_SECONDS_MAX",
@@ -201,13 +201,37 @@ class Operations:
     # Credits
 
     async def grant(
-        self, account_id: UUID, amount: int, *, reference: str, actor: str, reason: str | None = None
+        self,
+        account_id: UUID,
+        amount: int,
+        *,
+        reference: str,
+        actor: str,
+        reason: str | None = None,
+        kind: GrantKind = "grant",
+        expires_at: datetime | None = None,
+        priority: int | None = None,
     ) -> Transfer:
-        """Credit ``amount`` microcredits, once for each reference. Raises Conflict if it stands for another."""
+        """Credit ``amount`` microcredits, once for each kind and reference. ``priority``: lower is drawn first; None:
+        the kind's own. Raises Conflict if the reference stands for another grant, or if it would have expired."""
         check_plain("reference", reference)
         check_plain("reason", reason, chars_max=1_000)
         with ledger_refusals():
-            return await self._ledger.grant(account_id, amount, reference=reference, actor=actor, reason=reason)
+            return await self._ledger.grant(
+                account_id,
+                amount,
+                kind=kind,
+                reference=reference,
+                actor=actor,
+                reason=reason,
+                expires_at=expires_at,
+                priority=priority,
+            )
+
+    async def lots(self, account_id: UUID, *, used_up: bool = False, limit: int = 100) -> list[Lot]:
+        """What each of the account's grants and purchases has left, in the order in which they are drawn."""
+        with ledger_refusals():
+            return await self._ledger.lots(account_id, used_up=used_up, limit=limit)
 
     async def reverse(
         self, request_id: str, amount: int | None, *, reference: str | None, actor: str, reason: str

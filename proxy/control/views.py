@@ -14,7 +14,7 @@ from proxy.core.pricing import TOKENS_PER_RATE
 from proxy.core.usage import TOKEN_CLASSES, Usage
 from proxy.ledger.outbox import Message
 from proxy.ledger.reader import DayUsage
-from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Lot, Transfer
 from proxy.ledger.stripe_events import EventState
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "freeze_view",
     "key_view",
     "list_view",
+    "lot_view",
     "message_view",
     "page",
     "receipt_view",
@@ -53,14 +54,37 @@ def account_view(account: Account) -> View:
     }
 
 
-def credits_view(account: Account) -> View:
-    """What an account has, as its own key sees it. ``frozen_at`` null: calls are admitted."""
+def credits_view(account: Account, expiring: Sequence[Lot]) -> View:
+    """What an account has, as its own key sees it; ``expiring``: soon. ``frozen_at`` null: calls are admitted."""
     return {
         "object": "credits",
         "account": str(account.id),
         **_money(account),
+        "expiring": [{"amount": format_credits(lot.free), "expires_at": time_text(lot.expires_at)} for lot in expiring],
         "frozen_at": time_text(account.frozen_at),
     }
+
+
+def lot_view(lot: Lot, *, internal: bool) -> View:
+    """What a grant or a purchase has left. ``id`` is that of the transaction that brought it. ``internal`` adds what
+    only the operator sees: its place in the order, and what of it is spoken for."""
+    view: View = {
+        "object": "lot",
+        "id": f"{lot.account_id}-{lot.version}",
+        "kind": lot.kind,
+        "amount": format_credits(lot.amount),
+        "remaining": format_credits(lot.remaining),
+        "expires_at": time_text(lot.expires_at),
+        "order": None if lot.order_id is None else str(lot.order_id),
+        "created_at": time_text(lot.created_at),
+    }
+    if internal:
+        view |= {
+            "priority": lot.priority,
+            "reserved": format_credits(lot.reserved),
+            "owed": format_credits(lot.owed),
+        }
+    return view
 
 
 def freeze_view(freeze: Freeze) -> View:

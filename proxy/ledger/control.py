@@ -6,23 +6,30 @@ reference of a transfer says that it is the same one.
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import asyncpg
 
 from proxy.ledger.connect import Pool, translated
-from proxy.ledger.errors import Conflict, Unknown
-from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer, check_amount, check_text
+from proxy.ledger.errors import Conflict, InvalidValue, Unknown
+from proxy.ledger.lots import draw_account
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Lot, Transfer, check_amount, check_text
 from proxy.ledger.reports import report
-from proxy.ledger.rows import account, api_key, ended, freeze, transfer
+from proxy.ledger.rows import account, api_key, ended, freeze, lot, transfer
 
-__all__ = ["ControlLedger"]
+__all__ = ["GRANT_KINDS", "PRIORITY_MAX", "ControlLedger", "GrantKind"]
+
+GrantKind = Literal["grant", "promo"]
+"""What is given: as good as paid for, or a promotion, whose credits are drawn before all others."""
+GRANT_KINDS: tuple[GrantKind, ...] = ("grant", "promo")
+PRIORITY_MAX = 1_000
 
 _ACCOUNTS = report("accounts")
 _FIND_ACCOUNT = report("find_account")
 _FREEZES = report("freezes")
 _KEYS = report("keys")
+_LOTS = report("lots")
 _RECEIPT = report("receipt")
 _TRANSFER = report("transfer")
 _TRANSFERS = report("transfers")
@@ -175,26 +182,38 @@ class ControlLedger:
         account_id: UUID,
         amount: int,
         *,
-        kind: str = "grant",
+        kind: GrantKind = "grant",
         reference: str | None,
         actor: str,
         reason: str | None = None,
+        expires_at: datetime | None = None,
+        priority: int | None = None,
     ) -> Transfer:
         """Credit ``amount`` microcredits, once for each (kind, reference); None: once for each call.
 
-        Raises Unknown (account), Conflict (the reference stands for another account or amount).
+        ``priority``: 0 to PRIORITY_MAX, lower is drawn first; None: the kind's own. ``expires_at`` None: never.
+        Raises Unknown (account), Conflict (the reference stands for another account or amount; it would have expired).
         """
         _check_transfer(amount, reference, actor, reason)
+        if priority is not None and not 0 <= priority <= PRIORITY_MAX:
+            raise InvalidValue(f"priority is {priority}; expected 0 to {PRIORITY_MAX}")
         row = await self._row(
-            "SELECT * FROM farebox.grant_credits($1, $2, $3, $4, $5, $6)",
-            *(account_id, kind, amount, reference, actor, reason),
+            "SELECT * FROM farebox.grant_lot($1, $2, $3, $4, $5, $6, $7, $8)",
+            *(account_id, kind, amount, reference, actor, reason, expires_at, priority),
         )
         conflict = {
             "conflict": f"reference {reference!r} stands for another grant",
             "above_limit": "the account's balance would be above what one account can have",
+            "expired": "these credits would have expired already",
         }
         _require(row["outcome"], unknown=f"no account {account_id}", **conflict)
         return await self._transfer(row)
+
+    async def lots(self, account_id: UUID, *, used_up: bool = False, limit: int = 100) -> list[Lot]:
+        """The account's lots as they are now, in the order in which they are drawn; with ``used_up`` those that have
+        nothing left as well, at the end. At most ``limit``."""
+        await draw_account(self._pool, account_id)
+        return [lot(row) for row in await self._rows(_LOTS, account_id, used_up, limit)]
 
     async def reverse(
         self,

@@ -14,13 +14,15 @@ import asyncpg
 
 from proxy.core.usage import Usage
 from proxy.ledger.connect import Pool, translated
-from proxy.ledger.records import Account, Ended, Transfer
+from proxy.ledger.records import Account, Ended, Lot, Transfer
 from proxy.ledger.reports import report
-from proxy.ledger.rows import account, ended, transfer
+from proxy.ledger.rows import account, ended, lot, transfer
 
 __all__ = ["AccountReader", "DayUsage"]
 
 _ACCOUNT = report("account")
+_EXPIRING = report("expiring")
+_LOTS = report("lots")
 _RECEIPT = report("receipt")
 _TRANSFERS = report("transfers")
 _USAGE = report("usage")
@@ -55,6 +57,17 @@ class AccountReader:
     async def transfers(self, account_id: UUID, *, before: int | None = None, limit: int = 100) -> list[Transfer]:
         """Its transfers, newest first: at most ``limit``, of versions below ``before``."""
         return [transfer(row) for row in await self._rows(account_id, _TRANSFERS, account_id, before, limit)]
+
+    async def lots(self, account_id: UUID, *, limit: int = 100) -> list[Lot]:
+        """Its lots that have anything left, in the order in which they are drawn: at most ``limit``.
+
+        As they were at the last pass, some seconds ago.
+        """
+        return [lot(row) for row in await self._rows(account_id, _LOTS, account_id, False, limit)]
+
+    async def expiring(self, account_id: UUID, before: datetime) -> list[Lot]:
+        """Its lots that expire before that moment, the soonest first, with something left that calls may draw."""
+        return [lot(row) for row in await self._rows(account_id, _EXPIRING, account_id, before)]
 
     async def usage(self, account_id: UUID, since: datetime, until: datetime) -> list[DayUsage]:
         """Its settled calls opened from ``since`` on and before ``until``, by UTC day and model, newest day first."""

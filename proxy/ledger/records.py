@@ -7,6 +7,7 @@ is made: a value that Postgres could not store never gets into a batch, where it
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 from uuid import UUID
 
 from proxy.core.money import AMOUNT_MAX
@@ -25,6 +26,8 @@ __all__ = [
     "FinalizeOutcome",
     "Finalized",
     "Freeze",
+    "Lot",
+    "LotKind",
     "Mark",
     "Release",
     "Released",
@@ -381,6 +384,35 @@ class Transfer:
     actor: str | None
     reason: str | None
     created_at: datetime
+
+
+LotKind = Literal["paid", "granted", "promo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """What a transfer that brought credits in has left; ``version`` is that transfer's.
+
+    Of ``remaining``, ``reserved`` is spoken for by refunds under way, and ``owed`` to refunds that took more than was
+    available. Lots of a lower ``priority`` are drawn first.
+    """
+
+    account_id: UUID
+    version: int
+    kind: LotKind
+    amount: int
+    remaining: int
+    reserved: int
+    owed: int
+    priority: int
+    expires_at: datetime | None
+    order_id: UUID | None
+    created_at: datetime
+
+    @property
+    def free(self) -> int:
+        """What calls may still draw."""
+        return self.remaining - self.reserved - self.owed
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 import asyncpg
 
 from proxy.core.usage import Usage
-from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Transfer
+from proxy.ledger.records import Account, ApiKey, Ended, Freeze, Lot, Transfer
 
-__all__ = ["account", "api_key", "ended", "freeze", "transfer"]
+__all__ = ["account", "api_key", "ended", "freeze", "lot", "transfer"]
 
 
 def account(row: asyncpg.Record) -> Account:
@@ -33,6 +33,23 @@ def freeze(row: asyncpg.Record) -> Freeze:
         created_at=row["created_at"],
         lifted_at=row["lifted_at"],
         lifted_by=row["lifted_by"],
+    )
+
+
+def lot(row: asyncpg.Record) -> Lot:
+    """A Lot."""
+    return Lot(
+        account_id=row["account_id"],
+        version=row["version"],
+        kind=row["kind"],
+        amount=row["amount"],
+        remaining=row["remaining"],
+        reserved=row["reserved"],
+        owed=row["owed"],
+        priority=row["priority"],
+        expires_at=row["expires_at"],
+        order_id=row["order_id"],
+        created_at=row["created_at"],
     )
 
 

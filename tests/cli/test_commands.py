@@ -177,6 +177,9 @@ WRONG = [
     ["credits", "grant", "a", "1.0000001", "--ref", "r"],
     ["credits", "grant", "a", "12,5", "--ref", "r"],
     ["credits", "grant", "a", "5"],
+    ["credits", "grant", "a", "5", "--ref", "r", "--kind", "purchase"],
+    ["credits", "grant", "a", "5", "--ref", "r", "--expires", "soon"],
+    ["credits", "grant", "a", "5", "--ref", "r", "--priority", "1001"],
     ["credits", "reverse", NOBODY],
     ["accounts", "list", "--limit", "0"],
     ["accounts", "bogus"],
@@ -205,6 +208,24 @@ def test_a_grant_is_given_once_for_each_reference(farebox: Farebox) -> None:
     assert failed(farebox("credits", "grant", account, "12.6", "--ref", reference, "--json"), "conflict")
     shown = farebox("accounts", "show", account, "--json").json
     assert (shown["balance"], shown["held"], shown["available"], shown["debt"]) == ("12.5", "0", "12.5", "0")
+
+
+def test_a_promotion_expires_and_its_lot_says_when(farebox: Farebox) -> None:
+    account = new_account(farebox)
+    assert "Nothing is left" in farebox("lots", account).out
+    grant = ("credits", "grant", account, "3", "--ref", str(uuid4()), "--kind", "promo")
+    given = farebox(*grant, "--expires", "2100-01-31", "--json").json
+    assert given["kind"] == "promo"
+    assert farebox(*grant, "--expires", "90d", "--json").json == given, "the first word counts"
+    farebox("credits", "grant", account, "1", "--ref", str(uuid4()), "--priority", "50")
+    lots = farebox("lots", account, "--json").json["data"]
+    assert [(lot["kind"], lot["remaining"], lot["expires_at"]) for lot in lots] == [
+        ("granted", "1", None),
+        ("promo", "3", "2100-01-31T00:00:00.000000Z"),
+    ]
+    assert re.search(r"promo +3 +3 +0 +0 +100 +2100-01-31", farebox("lots", account, "--all").out)
+    expired = farebox("credits", "grant", account, "1", "--ref", "old", "--expires", "2020-01-31", "--json")
+    assert failed(expired, "conflict")
 
 
 def test_a_charge_is_looked_up_and_reversed(farebox: Farebox, module_database: Database) -> None:

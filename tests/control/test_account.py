@@ -13,6 +13,7 @@ from proxy.control.account import account_routes
 from proxy.core.errors import Unauthenticated
 from proxy.core.usage import TOKEN_CLASSES, Usage
 from proxy.ledger.connect import Role, create_pool
+from proxy.ledger.control import GrantKind
 from proxy.ledger.reader import AccountReader
 from proxy.ledger.records import ApiKey
 from tests.control.conftest import client_of
@@ -54,7 +55,7 @@ async def refused(client: httpx2.AsyncClient, key: ApiKey, path: str, **params: 
     return answer.status_code, answer.json()["error"]
 
 
-PATHS = ["credits", "transactions", "usage", f"receipts/{NOBODY}"]
+PATHS = ["credits", "credits/lots", "transactions", "usage", f"receipts/{NOBODY}"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -86,6 +87,7 @@ async def test_200_credits(client: httpx2.AsyncClient, bank: Bank) -> None:
         "held": "0.500001",
         "available": "0.999999",
         "debt": "0",
+        "expiring": [],
         "frozen_at": None,
     }
     assert answer.headers["cache-control"] == "private, no-store"
@@ -97,6 +99,37 @@ async def test_200_credits_in_debt(client: httpx2.AsyncClient, bank: Bank) -> No
     await bank.finalize(reserve, 130)
     view = (await get(client, key, "credits")).json()
     assert (view["balance"], view["available"], view["debt"]) == ("0", "0", "0.00003")
+
+
+async def test_200_lots_in_drawing_order_and_what_expires_soon(client: httpx2.AsyncClient, bank: Bank) -> None:
+    key = await opened(bank, 100)
+    soon, late = (datetime.now(UTC) + timedelta(days=days) for days in (5, 60))
+    grants: list[tuple[GrantKind, datetime]] = [("promo", late), ("promo", soon), ("grant", soon)]
+    for kind, expires_at in grants:
+        await bank.control.grant(
+            key.account_id, 50, kind=kind, reference=uuid4().hex, actor="test", expires_at=expires_at
+        )
+    reserve, _ = await bank.reserve(key, 60)
+    await bank.finalize(reserve, 60)
+    await bank.control.lots(key.account_id)
+    lots = (await get(client, key, "credits/lots")).json()
+    assert [(lot["kind"], lot["remaining"]) for lot in lots["data"]] == [
+        ("promo", "0.00004"),
+        ("granted", "0.00005"),
+        ("granted", "0.0001"),
+    ]
+    assert lots["data"][0]["expires_at"] == late.isoformat().replace("+00:00", "Z")
+    assert lots["data"][-1]["expires_at"] is None
+    assert "priority" not in lots["data"][0]
+    assert lots["data"][0]["id"] == f"{key.account_id}-2"
+    shown = (await get(client, key, "credits")).json()["expiring"]
+    assert shown == [{"amount": "0.00005", "expires_at": soon.isoformat().replace("+00:00", "Z")}]
+
+
+async def test_200_lots_are_the_accounts_own(client: httpx2.AsyncClient, bank: Bank) -> None:
+    await opened(bank, 100)
+    nobody = await opened(bank, 0)
+    assert (await get(client, nobody, "credits/lots")).json()["data"] == []
 
 
 async def test_200_transactions_by_pages(client: httpx2.AsyncClient, bank: Bank) -> None:

@@ -303,7 +303,44 @@ async def test_200_a_grant_is_given_once_for_each_reference(admin: httpx2.AsyncC
     assert (await admin.get(f"/admin/v1/accounts/{account['id']}")).json()["balance"] == "12.5"
 
 
+async def test_200_a_promotion_that_expires_and_what_is_left_of_it(admin: httpx2.AsyncClient) -> None:
+    account = await make_account(admin)
+    path = f"/admin/v1/accounts/{account['id']}"
+    body = {
+        "amount": "2",
+        "reference": str(uuid4()),
+        "kind": "promo",
+        "expires_at": "2100-01-01T00:00:00Z",
+        "priority": 7,
+    }
+    first = (await admin.post(f"{path}/grants", json=body)).json()
+    assert (first["kind"], first["other_side"]) == ("promo", "grants")
+    assert (await admin.post(f"{path}/grants", json={**body, "expires_at": "2101-01-01T00:00:00Z"})).json() == first
+    plain = {"amount": "1", "reference": body["reference"]}
+    assert (await admin.post(f"{path}/grants", json=plain)).json()["kind"] == "grant", "another kind, another grant"
+    lots = (await admin.get(f"{path}/lots")).json()["data"]
+    assert [(lot["kind"], lot["remaining"], lot["priority"]) for lot in lots] == [
+        ("promo", "2", 7),
+        ("granted", "1", 200),
+    ]
+    assert lots[0]["expires_at"] == "2100-01-01T00:00:00.000000Z"
+    assert (lots[0]["reserved"], lots[0]["owed"], lots[0]["id"]) == ("0", "0", first["id"])
+    assert (await admin.get(f"{path}/lots", params={"limit": "1"})).json()["has_more"] is True
+
+
+async def test_409_for_credits_that_would_have_expired(admin: httpx2.AsyncClient) -> None:
+    account = await make_account(admin)
+    body = {"amount": "2", "reference": str(uuid4()), "expires_at": "2020-01-01T00:00:00Z"}
+    error = error_of(await admin.post(f"/admin/v1/accounts/{account['id']}/grants", json=body), 409)
+    assert "would have expired" in error["message"]
+    assert (await admin.get(f"/admin/v1/accounts/{account['id']}/lots")).json()["data"] == []
+
+
 BAD_GRANTS = [
+    ({"amount": "1", "reference": "r", "kind": "purchase"}, "kind"),
+    ({"amount": "1", "reference": "r", "priority": 1001}, "priority"),
+    ({"amount": "1", "reference": "r", "priority": True}, "priority"),
+    ({"amount": "1", "reference": "r", "expires_at": "tomorrow"}, "expires_at"),
     ({"amount": 5, "reference": "r"}, "amount"),
     ({"amount": 5.0, "reference": "r"}, "amount"),
     ({"amount": True, "reference": "r"}, "amount"),

@@ -3,7 +3,8 @@
 Written from the rules, not from the SQL. One account; money is an integer, time a number that ``pass_time`` raises.
 The rules:
 
-- What is due is taken from what is available; the rest is lent, as debt. Debt is paid from what becomes available first.
+- What is due is taken from what is available; the rest is lent, as debt. Debt is paid first of all from what becomes
+  available.
 - Slices of lots are taken in an order: for a taking, what is free of the lot it is aimed at; for a debt's payment, what
   is owed; then what is free of lots not expired when the hold was opened, by priority, end and age; what is free of
   expired ones, the latest to end first; what is owed; what is reserved.

@@ -51,6 +51,7 @@ CONTROL = {
     "seal",
     "book_state",
     "draw_lots",
+    "draw_accounts",
     "expired_accounts",
     "expire_lots",
     "grant_lot",

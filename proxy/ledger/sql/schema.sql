@@ -1806,6 +1806,44 @@ CREATE FUNCTION farebox.dispute_reference(_dispute_id text, _n integer) RETURNS 
     SELECT _dispute_id || CASE WHEN _n > 1 THEN ':' || _n ELSE '' END
 $$;
 
+CREATE FUNCTION farebox.draw_accounts(_account_ids uuid[], _rows integer) RETURNS TABLE(drawn bigint, broken bigint, example uuid, problem text)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+DECLARE
+    _id uuid;
+    free boolean;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('farebox.draw_accounts', 0)) THEN
+        RETURN;
+    END IF;
+    drawn := 0;
+    broken := 0;
+    FOREACH _id IN ARRAY _account_ids LOOP
+        EXIT WHEN drawn >= _rows;
+        BEGIN
+            SELECT count(*) = 0 INTO free FROM farebox.lot_marks m WHERE m.account_id = _id;
+            IF NOT free THEN
+                PERFORM FROM farebox.lot_marks m
+                  WHERE m.account_id = _id FOR UPDATE SKIP LOCKED;
+                free := FOUND;
+            END IF;
+            IF free THEN
+                drawn := drawn + farebox.draw_lots(_id, NULL, _rows);
+            END IF;
+        EXCEPTION WHEN lock_not_available THEN
+            -- Somebody has begun its mark at this moment.
+            NULL;
+        WHEN OTHERS THEN
+            broken := broken + 1;
+            example := coalesce(example, _id);
+            problem := coalesce(problem, SQLERRM);
+        END;
+    END LOOP;
+    RETURN NEXT;
+END
+$$;
+
 CREATE FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -5290,6 +5328,9 @@ REVOKE ALL ON FUNCTION farebox.credits_text(_microcredits bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.dispute_freezes(_status text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.dispute_reference(_dispute_id text, _n integer) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.draw_accounts(_account_ids uuid[], _rows integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.draw_accounts(_account_ids uuid[], _rows integer) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.draw_lots(_account_id uuid, _upto bigint, _rows integer) TO farebox_control;
