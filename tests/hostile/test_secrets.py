@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
+from tests.control.billing.signing import a_session_event, body_of, signature
 from tests.e2e.proxy import PEPPER, UPSTREAMS, Customer, Proxy, running_proxy
 from tests.fakes.upstream import (
     DONE,
@@ -32,6 +33,8 @@ from tests.postgres import Database
 
 UPSTREAM_KEY = "sk-canary-upstream-5f2d8c1ab94e"
 ADMIN_TOKEN = "canary-admin-token-7c31e05d98aa4b62f1"
+STRIPE_KEY = "sk_test_canary51c0ffee0ddba11"
+STRIPE_SECRET = "whsec_canaryendpoint7d1f0a"
 WEBHOOK_SECRET = "whsec_Y2FuYXJ5Y2FuYXJ5Y2FuYXJ5Y2FuYXJ5"
 PROMPT = "canaryprompt"
 ANSWER = "canaryanswer"
@@ -50,6 +53,10 @@ def upstreams_yaml(url: str) -> str:
 def repeat(received: Received) -> list[Step]:
     """Say the key again wherever an upstream could, in the manner that the request's ``user`` names."""
     told = received.headers["authorization"]
+    if STRIPE_KEY in told:
+        # Its own errors name a few letters of the key; a proxy in between might name them all.
+        said = {"message": f"Invalid API Key provided: {told}", "type": told, "code": STRIPE_KEY, "param": told}
+        return whole({"error": said}, 401, {"request-id": told, "www-authenticate": told})
     assert UPSTREAM_KEY in told
     error: dict[str, Any] = {"error": {"message": f"Incorrect API key: {told}", "type": told, "code": UPSTREAM_KEY}}
     headers = {"x-request-id": told, "openai-version": UPSTREAM_KEY, "www-authenticate": told, "set-cookie": told}
@@ -97,6 +104,9 @@ async def canaries(
                 ADMIN_TOKEN=ADMIN_TOKEN,
                 WEBHOOK_URL="http://127.0.0.1:1/?token=canaryhooktoken",
                 WEBHOOK_SECRET=WEBHOOK_SECRET,
+                STRIPE_KEY=STRIPE_KEY,
+                STRIPE_WEBHOOK_SECRETS=f"whsec_other,{STRIPE_SECRET}",
+                STRIPE_URL=upstream.base_url.removesuffix("/v1"),
                 LOG_LEVEL="debug",
                 LOG_FORMAT=log_format,
                 METRICS_PORT=str(metrics_port),
@@ -158,6 +168,18 @@ async def everything(collector: Collector, customer: Customer) -> None:
         await collector.ask("receipt", "GET", f"/v1/receipts/{hold['id']}", key=customer.key)
 
 
+async def webhooks(collector: Collector, key: str) -> None:
+    """Webhooks that are refused in each way, and one that is believed and can't be applied."""
+    body = body_of(a_session_event("canary", note=f"{STRIPE_SECRET} {STRIPE_KEY} {key}"))
+    signatures = ["", STRIPE_SECRET, f"t=1,v1={STRIPE_SECRET}", signature(body), signature(body, secret=STRIPE_SECRET)]
+    signatures.append(signature(body, secret=STRIPE_SECRET, at=1_000_000_000))
+    answers = [
+        await collector.ask("webhook", "POST", "/webhooks/stripe", key=key, body=body, **{"stripe-signature": signed})
+        for signed in signatures
+    ]
+    assert answers == [400, 400, 400, 400, 503, 400]
+
+
 @pytest.mark.parametrize("log_format", ["json", "console"])
 async def test_no_secret_is_ever_said(database: Database, tmp_path: Path, log_format: str) -> None:
     password = urlsplit(database.app).password
@@ -167,6 +189,9 @@ async def test_no_secret_is_ever_said(database: Database, tmp_path: Path, log_fo
         collector = Collector(server.base_url)
         await everything(collector, customer)
         assert len(upstream.requests) >= 2 * len(MANNERS)
+        await webhooks(collector, customer.key)
+        [event] = await operator.query("SELECT error FROM farebox.stripe_events")
+        collector.said.append(("the event's row", event["error"]))
         assert any(ANSWER in text for _, text in collector.said), "the answers themselves were read"
         async with httpx2.AsyncClient() as http:
             metrics = (await http.get(f"http://127.0.0.1:{metrics_port}/metrics")).text
@@ -179,6 +204,7 @@ async def test_no_secret_is_ever_said(database: Database, tmp_path: Path, log_fo
     assert '"request"' in log or "request " in log
     secrets = {"upstream key": UPSTREAM_KEY, "admin token": ADMIN_TOKEN, "pepper": PEPPER, "password": password}
     secrets |= {"webhook secret": WEBHOOK_SECRET, "its key": "canarycanary", "webhook token": "canaryhooktoken"}
+    secrets |= {"stripe's key": STRIPE_KEY, "endpoint's secret": STRIPE_SECRET, "its end": STRIPE_SECRET[-12:]}
     secrets |= {"client key": customer.key, "end of the client key": customer.key[-20:]}
     places = [*collector.said, ("log", log), ("metrics", metrics)]
     found = [(name, where) for name, secret in secrets.items() for where, text in places if secret in text]
@@ -195,6 +221,10 @@ async def test_no_secret_is_ever_said(database: Database, tmp_path: Path, log_fo
         {"ADMIN_TOKEN": "canary-password"},
         {"WEBHOOK_URL": "https://example.org/?canary-password"},
         {"WEBHOOK_SECRET": "canary-password"},
+        {"STRIPE_KEY": "canary-password"},
+        {"STRIPE_KEY": "sk_test_canary-password"},
+        {"STRIPE_KEY": "sk_test_1", "STRIPE_WEBHOOK_SECRETS": "whsec_good,canary-password"},
+        {"STRIPE_KEY": "sk_test_1", "STRIPE_WEBHOOK_SECRETS": '["whsec_canary-password", ""]'},
     ],
     ids=str,
 )
