@@ -8,11 +8,14 @@ import typer
 
 from proxy.cli.arguments import AccountRef, AsJson, DatabaseUrl, PageLimit, amount_of
 from proxy.cli.output import CommandFailed, reporting
-from proxy.cli.session import ask_control, operate
+from proxy.cli.session import ask_control, with_control
+from proxy.control.operations import Operations
 from proxy.control.views import message_view, page
 from proxy.core.money import format_credits
-from proxy.ledger.connect import Connection
+from proxy.ledger.connect import Connection, Pool
+from proxy.ledger.control import ControlLedger
 from proxy.ledger.outbox import Message, MessageState, Outbox
+from proxy.ledger.records import Account
 
 __all__ = ["app"]
 
@@ -93,13 +96,13 @@ def low_balance(
 ) -> None:
     """Say below which balance of an account a message is sent, once each time it gets there."""
     with reporting(as_json=as_json) as out:
-        purpose = "farebox messages low-balance"
-        found = operate(lambda operations: operations.account(account), database_url, purpose=purpose)
 
-        async def work(connection: Connection) -> None:
-            await Outbox(connection).set_low_balance(found.id, below)
+        async def work(pool: Pool) -> Account:
+            found = await Operations(ControlLedger(pool), None).account(account)
+            await Outbox(pool).set_low_balance(found.id, below)
+            return found
 
-        ask_control(work, database_url, purpose=purpose)
+        found = with_control(work, database_url, purpose="farebox messages low-balance")
         mark = None if below is None else format_credits(below)
         out.show_members({"object": "low_balance", "account": str(found.id), "low_balance": mark})
 
