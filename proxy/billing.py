@@ -7,27 +7,23 @@ To add to it: an object and its wiring in ``open_billing``, its routes in ``Bill
 and stopped by the stack, which ends in reverse order).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
 
 from starlette.routing import BaseRoute
 
-from proxy.control.billing.disputes import DisputeDesk
-from proxy.control.billing.event_types import Subject
-from proxy.control.billing.events import Appliers, EventDesk
-from proxy.control.billing.refunds import RefundDesk
+from proxy.control.billing.desks import Desks, open_desks, open_reconciler
+from proxy.control.billing.reconcile_loop import ReconcileLoop
 from proxy.control.billing.resume import EventResumer
 from proxy.control.billing.resume_refunds import RefundResumer
 from proxy.control.billing.stripe_api import StripeApi
-from proxy.control.billing.till import Till
 from proxy.control.billing.webhooks import WebhookEndpoint, webhook_routes
-from proxy.ledger.connect import Role, create_pool
-from proxy.ledger.disputes import DisputeLedger
-from proxy.ledger.orders import OrderLedger
-from proxy.ledger.refunds import RefundLedger
-from proxy.ledger.stripe_events import EventLedger, Unprocessed
+from proxy.core.packs import Offers
+from proxy.ledger.connect import Pool, Role, connect, create_pool
+from proxy.ledger.reconciliation import LastReconciliation, ReconciliationLedger
+from proxy.ledger.stripe_events import Unprocessed
 from proxy.metrics import Metrics
 from proxy.settings import Settings, SettingsError
 
@@ -40,11 +36,7 @@ CONNECTIONS = 4
 class Billing:
     """What lives as long as the app does where credits are sold."""
 
-    api: StripeApi
-    orders: OrderLedger
-    till: Till
-    refunds: RefundDesk
-    disputes: DisputeDesk
+    desks: Desks
     webhooks: WebhookEndpoint
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -60,11 +52,16 @@ def stripe_api(settings: Settings) -> StripeApi:
 
 
 async def open_billing(
-    settings: Settings, metrics: Metrics, stack: AsyncExitStack, *, events_seconds: float
+    settings: Settings,
+    metrics: Metrics,
+    offers: Callable[[], Offers],
+    stack: AsyncExitStack,
+    *,
+    events_seconds: float,
 ) -> Billing | None:
     """Billing, started; None where it is off. It ends with the stack. Raises SettingsError.
 
-    ``events_seconds``: how often webhooks are looked for that were left.
+    ``offers``: what is sold now. ``events_seconds``: how often webhooks are looked for that were left.
     """
     if settings.stripe_key is None:
         return None
@@ -79,49 +76,54 @@ async def open_billing(
     stack.push_async_callback(pool.close)
     api = stripe_api(settings)
     stack.callback(api.close)
-    orders = OrderLedger(pool)
-    till = Till(api, orders, metrics=metrics)
-    events = EventLedger(pool)
-    requests = RefundLedger(pool)
-    refunds = RefundDesk(api, requests, till, metrics=metrics)
-    disputes = DisputeDesk(api, DisputeLedger(pool), till, metrics=metrics)
-    desk = EventDesk(events, _appliers(till, refunds, disputes), metrics=metrics)
-
-    def observe(left: Unprocessed) -> None:
-        metrics.stripe_events_left(left.count, left.oldest.timestamp() if left.oldest else 0.0)
-
-    resumer = EventResumer(events, desk, livemode=api.livemode, observe=observe, seconds=events_seconds)
-    resumer.start()
-    stack.push_async_callback(resumer.stop)
-
-    def observe_refunds(held: int, oldest: datetime | None) -> None:
-        metrics.refunds_held(held, oldest.timestamp() if oldest else 0.0)
-
-    refund_resumer = RefundResumer(requests, refunds, observe=observe_refunds)
-    refund_resumer.start()
-    stack.push_async_callback(refund_resumer.stop)
+    desks = open_desks(api, pool, lambda: offers().plans, metrics=metrics)
+    _resume_events(desks, metrics, stack, seconds=events_seconds)
+    _resume_refunds(desks, metrics, stack)
+    _reconcile(desks, pool, dsn, metrics, stack)
     endpoint = WebhookEndpoint(
-        events,
-        desk,
+        desks.event_ledger,
+        desks.events,
         secrets=[secret.get_secret_value() for secret in settings.stripe_webhook_secrets],
         livemode=api.livemode,
         metrics=metrics,
     )
-    return Billing(api, orders, till, refunds, disputes, endpoint)
+    return Billing(desks, endpoint)
 
 
-def _appliers(till: Till, refunds: RefundDesk, disputes: DisputeDesk) -> Appliers:
-    """Who applies what an event is about."""
+def _resume_events(desks: Desks, metrics: Metrics, stack: AsyncExitStack, *, seconds: float) -> None:
+    """What comes back for webhooks that were received and not processed."""
 
-    async def session(id: str) -> str:
-        return (await till.apply_payment(session_id=id)).outcome
+    def observe(left: Unprocessed) -> None:
+        metrics.stripe_events_left(left.count, left.oldest.timestamp() if left.oldest else 0.0)
 
-    async def payment(id: str) -> str:
-        return (await till.apply_payment(payment_intent=id)).outcome
+    resumer = EventResumer(
+        desks.event_ledger, desks.events, livemode=desks.api.livemode, observe=observe, seconds=seconds
+    )
+    resumer.start()
+    stack.push_async_callback(resumer.stop)
 
-    return {
-        Subject.SESSION: session,
-        Subject.PAYMENT: payment,
-        Subject.REFUND: refunds.apply,
-        Subject.DISPUTE: disputes.apply,
-    }
+
+def _resume_refunds(desks: Desks, metrics: Metrics, stack: AsyncExitStack) -> None:
+    """What goes on with refunds that we asked for and got no answer to."""
+
+    def observe(held: int, oldest: datetime | None) -> None:
+        metrics.refunds_held(held, oldest.timestamp() if oldest else 0.0)
+
+    resumer = RefundResumer(desks.refund_requests, desks.refunds, observe=observe)
+    resumer.start()
+    stack.push_async_callback(resumer.stop)
+
+
+def _reconcile(desks: Desks, pool: Pool, dsn: str, metrics: Metrics, stack: AsyncExitStack) -> None:
+    """What holds Stripe's book against ours, hourly and daily."""
+
+    def observe(last: Mapping[str, LastReconciliation]) -> None:
+        for name, found in last.items():
+            clean_at = found.clean_at.timestamp() if found.clean_at else 0.0
+            metrics.reconciliation(name, mended=found.mended, differing=found.differing, clean_at=clean_at)
+
+    ledger = ReconciliationLedger(pool)
+    reconciler = open_reconciler(desks, ledger)
+    loop = ReconcileLoop(reconciler, ledger, lambda: connect(dsn, Role.CONTROL), observe=observe)
+    loop.start()
+    stack.push_async_callback(loop.stop)

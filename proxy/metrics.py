@@ -59,6 +59,9 @@ AUTO_TOPUP_OUTCOMES = ("paid", "pending", "failed", "unresolved", "blocked")
 RETURN_OUTCOMES = ("taken", "returned", "conflict", "unknown_status")
 """What became of refunds and disputes that moved credits, or should have: the values of the label ``outcome``."""
 
+RECONCILIATION_SPANS = ("recent", "month")
+"""Over how long the books were compared with Stripe's: the values of the label ``span``."""
+
 MESSAGE_OUTCOMES = ("delivered", "failed", "given_up")
 """What became of an attempt to send a message to the operator's endpoint."""
 
@@ -313,6 +316,13 @@ class Metrics:
         self._stripe_events_unprocessed.set(count)
         self._stripe_events_oldest.set(oldest_at)
 
+    def reconciliation(self, span: str, *, mended: int, differing: int, clean_at: float) -> None:
+        """The last comparison with Stripe's book over one of RECONCILIATION_SPANS. ``clean_at``: when last nothing was
+        left between the books (Unix time; 0: never yet)."""
+        self._reconciliation_mended[span].set(mended)
+        self._reconciliation_differing[span].set(differing)
+        self._reconciliation_clean[span].set(clean_at)
+
     # The metrics themselves
 
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -426,6 +436,16 @@ class Metrics:
         self._stripe_events_oldest = self._gauge(
             "stripe_events_oldest_timestamp_seconds", "Since when the oldest unprocessed webhook has waited."
         )
+        mended = self._gauge(
+            "reconciliation_mended", "What the last reconciliation found missed, and applied.", ("span",)
+        )
+        differing = self._gauge("reconciliation_differing", "What the last reconciliation left differing.", ("span",))
+        clean = self._gauge(
+            "reconciliation_clean_timestamp_seconds", "When a reconciliation last left no difference.", ("span",)
+        )
+        self._reconciliation_mended = {span: mended.labels(span) for span in RECONCILIATION_SPANS}
+        self._reconciliation_differing = {span: differing.labels(span) for span in RECONCILIATION_SPANS}
+        self._reconciliation_clean = {span: clean.labels(span) for span in RECONCILIATION_SPANS}
 
 
 class MetricsServer:

@@ -7,6 +7,8 @@ import typer
 from proxy.cli.arguments import AsJson, DatabaseUrl, PageLimit
 from proxy.cli.output import CommandFailed, reporting
 from proxy.cli.session import actor, ask_control
+from proxy.cli.stripe_endpoint import check, setup
+from proxy.cli.stripe_reconcile import reconcile
 from proxy.control.views import page, stripe_event_view
 from proxy.ledger.connect import Connection
 from proxy.ledger.stripe_events import EventLedger, EventState
@@ -14,6 +16,11 @@ from proxy.ledger.stripe_events import EventLedger, EventState
 __all__ = ["app"]
 
 app = typer.Typer(help="Stripe: webhooks, and whether the books agree.", no_args_is_help=True)
+
+
+app.command()(setup)
+app.command()(check)
+app.command()(reconcile)
 
 
 @app.command()

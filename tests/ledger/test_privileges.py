@@ -59,7 +59,7 @@ CONTROL = {
     *("claim_messages", "message_delivered", "message_failed", "resend_messages", "forget_messages"),
     *("tell_alerts", "set_low_balance"),
     *("set_auto_topup", "stop_auto_topup", "open_auto_topup", "claim_auto_orders", "link_auto_topup"),
-    *("create_promo", "end_promo", "redeem_promo", "pay_plan"),
+    *("create_promo", "end_promo", "redeem_promo", "pay_plan", "note_reconciliation"),
     "take_event",
     "finish_event",
     "fail_event",
@@ -77,7 +77,7 @@ TABLES = {
         *("seals", "schema_migrations"),
         *("freezes", "lots", "draws", "lot_marks", "stripe_customers", "orders", "quarantine", "stripe_events"),
         *("stripe_refunds", "refund_requests", "disputes", "auto_topups", "alerts", "outbox"),
-        *("promo_codes", "promo_redemptions"),
+        *("promo_codes", "promo_redemptions", "reconciliations"),
     },
     "farebox_reader": {"accounts", "holds", "transfers", "prices", "lots", "orders", "auto_topups"},
 }

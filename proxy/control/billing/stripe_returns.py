@@ -12,7 +12,16 @@ import stripe
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_objects import Members, members
 
-__all__ = ["Dispute", "Refund", "create_refund", "fetch_dispute", "fetch_refund", "refunds_of"]
+__all__ = [
+    "Dispute",
+    "Refund",
+    "create_refund",
+    "dispute_of",
+    "fetch_dispute",
+    "fetch_refund",
+    "refund_of",
+    "refunds_of",
+]
 
 PAGE = 100
 
@@ -48,7 +57,7 @@ class Dispute:
 
 async def fetch_refund(api: StripeApi, refund_id: str) -> Refund:
     """A refund as it is now. Raises StripeUnknown."""
-    return await api.call(lambda client: _refund(members(client.v1.refunds.retrieve(refund_id))))
+    return await api.call(lambda client: refund_of(members(client.v1.refunds.retrieve(refund_id))))
 
 
 async def create_refund(api: StripeApi, params: Mapping[str, Any], *, key: str) -> Refund:
@@ -57,7 +66,7 @@ async def create_refund(api: StripeApi, params: Mapping[str, Any], *, key: str) 
     Never under another key than the first: whether a call whose answer was lost took effect shows by its key alone.
     """
     return await api.call(
-        lambda client: _refund(members(client.v1.refunds.create(params, {"idempotency_key": key})))  # type: ignore[arg-type]
+        lambda client: refund_of(members(client.v1.refunds.create(params, {"idempotency_key": key})))  # type: ignore[arg-type]
     )
 
 
@@ -66,17 +75,18 @@ async def refunds_of(api: StripeApi, payment_intent: str) -> list[Refund]:
 
     def look(client: stripe.StripeClient) -> list[Refund]:
         found = client.v1.refunds.list({"payment_intent": payment_intent, "limit": PAGE})
-        return [_refund(members(item)) for item in found.auto_paging_iter()]
+        return [refund_of(members(item)) for item in found.auto_paging_iter()]
 
     return await api.call(look)
 
 
 async def fetch_dispute(api: StripeApi, dispute_id: str) -> Dispute:
     """A dispute as it is now. Raises StripeUnknown."""
-    return await api.call(lambda client: _dispute(members(client.v1.disputes.retrieve(dispute_id))))
+    return await api.call(lambda client: dispute_of(members(client.v1.disputes.retrieve(dispute_id))))
 
 
-def _refund(found: Members) -> Refund:
+def refund_of(found: Members) -> Refund:
+    """A refund that was fetched or listed."""
     return Refund(
         id=found.text("id"),
         status=found.text("status"),
@@ -88,7 +98,8 @@ def _refund(found: Members) -> Refund:
     )
 
 
-def _dispute(found: Members) -> Dispute:
+def dispute_of(found: Members) -> Dispute:
+    """A dispute that was fetched or listed."""
     status = found.text("status")
     amounts = [movement.number("amount") for movement in found.listed("balance_transactions")]
     taken, returned = sum(amount < 0 for amount in amounts), sum(amount > 0 for amount in amounts)

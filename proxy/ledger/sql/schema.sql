@@ -3044,6 +3044,21 @@ CREATE FUNCTION farebox.named_rightly(_row farebox.transfers) RETURNS boolean
     END
 $$;
 
+CREATE FUNCTION farebox.note_reconciliation(_window text, _started_at timestamp with time zone, _compared bigint, _mended bigint, _differing bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+BEGIN
+    INSERT INTO farebox.reconciliations AS r (name, started_at, finished_at, compared, mended, differing, clean_at)
+    VALUES (
+        _window, _started_at, clock_timestamp(), _compared, _mended, _differing,
+        CASE WHEN _differing = 0 THEN clock_timestamp() END
+    ) ON CONFLICT (name) DO UPDATE
+       SET started_at = excluded.started_at, finished_at = excluded.finished_at, compared = excluded.compared,
+           mended = excluded.mended, differing = excluded.differing, clean_at = coalesce(excluded.clean_at, r.clean_at);
+END
+$$;
+
 CREATE FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -4837,6 +4852,17 @@ CREATE TABLE farebox.promo_refusals (
     refusals integer NOT NULL
 );
 
+CREATE TABLE farebox.reconciliations (
+    name text NOT NULL,
+    started_at timestamp with time zone NOT NULL,
+    finished_at timestamp with time zone NOT NULL,
+    compared bigint NOT NULL,
+    mended bigint NOT NULL,
+    differing bigint NOT NULL,
+    clean_at timestamp with time zone,
+    CONSTRAINT reconciliations_name_check CHECK ((name = ANY (ARRAY['recent'::text, 'month'::text])))
+);
+
 CREATE TABLE farebox.schema_migrations (
     number integer NOT NULL,
     name text NOT NULL,
@@ -4984,6 +5010,9 @@ ALTER TABLE ONLY farebox.promo_refusals
 
 ALTER TABLE ONLY farebox.quarantine
     ADD CONSTRAINT quarantine_pkey PRIMARY KEY (payment);
+
+ALTER TABLE ONLY farebox.reconciliations
+    ADD CONSTRAINT reconciliations_pkey PRIMARY KEY (name);
 
 ALTER TABLE ONLY farebox.refund_requests
     ADD CONSTRAINT refund_requests_pkey PRIMARY KEY (id);
@@ -5462,6 +5491,9 @@ REVOKE ALL ON FUNCTION farebox.moved(INOUT purse farebox.purse, _kind text, _due
 
 REVOKE ALL ON FUNCTION farebox.named_rightly(_row farebox.transfers) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.note_reconciliation(_window text, _started_at timestamp with time zone, _compared bigint, _mended bigint, _differing bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.note_reconciliation(_window text, _started_at timestamp with time zone, _compared bigint, _mended bigint, _differing bigint) TO farebox_control;
+
 REVOKE ALL ON FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) TO farebox_control;
 
@@ -5638,6 +5670,8 @@ GRANT SELECT ON TABLE farebox.prices TO farebox_reader;
 GRANT SELECT ON TABLE farebox.promo_codes TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.promo_redemptions TO farebox_control;
+
+GRANT SELECT ON TABLE farebox.reconciliations TO farebox_control;
 
 GRANT SELECT ON TABLE farebox.schema_migrations TO farebox_control;
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 from stripe.params import _webhook_endpoint_create_params
 
@@ -18,3 +19,9 @@ def test_an_event_is_about_the_object_that_its_name_begins_with() -> None:
     for name, subject in EVENT_TYPES.items():
         assert name.removeprefix("charge.").startswith(f"{subject}.")
     assert set(EVENT_TYPES.values()) == set(Subject)
+
+
+def test_the_page_names_exactly_these() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "stripe.md").read_text()
+    [table] = re.findall(r"^## The events$(.*?)^## ", page, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\| `([a-z_.]+)` \|", table, flags=re.MULTILINE) == list(EVENT_TYPES)

@@ -298,3 +298,14 @@ CREATE TABLE farebox.promo_refusals (
     since timestamptz NOT NULL,
     refusals integer NOT NULL
 );
+
+-- The last comparison with Stripe's book over each of the times that the server looks at.
+CREATE TABLE farebox.reconciliations (
+    name text PRIMARY KEY CHECK (name IN ('recent', 'month')),
+    started_at timestamptz NOT NULL,
+    finished_at timestamptz NOT NULL,
+    compared bigint NOT NULL,
+    mended bigint NOT NULL,
+    differing bigint NOT NULL,
+    clean_at timestamptz
+);
