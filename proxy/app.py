@@ -528,7 +528,7 @@ def _routes(services: Services) -> list[BaseRoute]:
         ),
         *account_routes(fresh_key, services.reader),
         *promo_routes(fresh_key, services.promos),
-        *(services.billing.routes() if services.billing else ()),
+        *(services.billing.routes(fresh_key, services.reader) if services.billing else ()),
         *(admin_routes(AdminToken(token.get_secret_value()), services.operations) if token else ()),
     ]
 

@@ -14,14 +14,22 @@ from datetime import datetime
 
 from starlette.routing import BaseRoute
 
+from proxy.control.account import Authenticate
+from proxy.control.billing.checkout import Checkout, CheckoutTerms
 from proxy.control.billing.desks import Desks, open_desks, open_reconciler
+from proxy.control.billing.pages import page_routes
 from proxy.control.billing.reconcile_loop import ReconcileLoop
 from proxy.control.billing.resume import EventResumer
 from proxy.control.billing.resume_refunds import RefundResumer
+from proxy.control.billing.routes import billing_routes
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.webhooks import WebhookEndpoint, webhook_routes
 from proxy.core.packs import Offers
+from proxy.core.return_urls import ReturnUrls
+from proxy.gateway.ids import new_request_id
 from proxy.ledger.connect import Pool, Role, connect, create_pool
+from proxy.ledger.control import ControlLedger
+from proxy.ledger.reader import AccountReader
 from proxy.ledger.reconciliation import LastReconciliation, ReconciliationLedger
 from proxy.ledger.stripe_events import Unprocessed
 from proxy.metrics import Metrics
@@ -37,11 +45,16 @@ class Billing:
     """What lives as long as the app does where credits are sold."""
 
     desks: Desks
+    checkout: Checkout
     webhooks: WebhookEndpoint
 
-    def routes(self) -> Sequence[BaseRoute]:
+    def routes(self, authenticate: Authenticate, reader: AccountReader) -> Sequence[BaseRoute]:
         """Its endpoints."""
-        return webhook_routes(self.webhooks)
+        return [
+            *webhook_routes(self.webhooks),
+            *billing_routes(authenticate, self.checkout, reader),
+            *page_routes(),
+        ]
 
 
 def stripe_api(settings: Settings) -> StripeApi:
@@ -87,7 +100,20 @@ async def open_billing(
         livemode=api.livemode,
         metrics=metrics,
     )
-    return Billing(desks, endpoint)
+    return Billing(desks, _checkout(settings, desks, pool, offers), endpoint)
+
+
+def _checkout(settings: Settings, desks: Desks, pool: Pool, offers: Callable[[], Offers]) -> Checkout:
+    """What sells, on the operator's terms."""
+    terms = CheckoutTerms(
+        automatic_tax=settings.stripe_automatic_tax,
+        invoice_creation=settings.stripe_invoice_creation,
+        adaptive_pricing=settings.stripe_adaptive_pricing,
+        promotion_codes=settings.stripe_promotion_codes,
+        url=settings.billing_url,
+        return_urls=ReturnUrls(settings.billing_return_urls),
+    )
+    return Checkout(desks.api, desks.orders, ControlLedger(pool), offers, terms, new_id=new_request_id)
 
 
 def _resume_events(desks: Desks, metrics: Metrics, stack: AsyncExitStack, *, seconds: float) -> None:

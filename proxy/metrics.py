@@ -24,6 +24,7 @@ ROUTES = (
     "transactions",
     "usage",
     "receipts",
+    "billing",
     "webhooks",
     "admin",
     "health",

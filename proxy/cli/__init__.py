@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from proxy.cli import accounts, auto_topup, book, credits, journal, keys, messages, pricing, promos, stripe
+from proxy.cli import accounts, auto_topup, book, credits, journal, keys, messages, orders, pricing, promos, stripe
 from proxy.cli.audit import audit
 from proxy.cli.backup import backup, restore
 from proxy.cli.demo import demo
@@ -31,6 +31,7 @@ app.add_typer(credits.app, name="credits")
 app.add_typer(promos.app, name="promo")
 app.command()(credits.lots)
 app.add_typer(auto_topup.app, name="auto-topup")
+app.add_typer(orders.app, name="orders")
 app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")

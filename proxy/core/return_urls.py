@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-__all__ = ["ReturnUrls"]
+__all__ = ["URL_CHARS_MAX", "ReturnUrls"]
 
 URL_CHARS_MAX = 2_000
 

@@ -19,7 +19,9 @@ from proxy.ledger.records import check_amount, check_text
 from proxy.ledger.reports import report
 
 __all__ = [
+    "STATES",
     "UNFINISHED_MAX",
+    "CreateOutcome",
     "Created",
     "NewOrder",
     "Order",
@@ -31,6 +33,7 @@ __all__ = [
     "order",
 ]
 
+STATES = ("created", "open", "pending", "paid", "failed", "expired", "canceled")
 UNFINISHED_MAX = 50
 """How many orders of one account may wait for their payment at once; the next is refused."""
 
@@ -129,12 +132,27 @@ class Order:
         return self.payment_intent or self.session_id
 
 
+class CreateOutcome(StrEnum):
+    """What became of a new order."""
+
+    DONE = "done"
+    """It is written down."""
+    KNOWN = "known"
+    """It was already: the same id, or the same request under the same key."""
+    CONFLICT = "conflict"
+    """The request key stands for another request."""
+    BUSY = "busy"
+    """An automatic order of the account is under way."""
+    TOO_MANY = "too_many"
+    """So many of the account's orders wait for their payment already."""
+
+
 @dataclass(frozen=True, slots=True)
 class Created:
-    """What became of a new order: it is there now (``fresh``), or it was already."""
+    """What became of a new order, and the order, or the one that stands in its way (None: too many do)."""
 
-    order: Order
-    fresh: bool
+    outcome: CreateOutcome
+    order: Order | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,11 +240,7 @@ class OrderLedger:
         self._pool = pool
 
     async def create(self, new: NewOrder, *, unfinished_max: int = UNFINISHED_MAX) -> Created:
-        """Write it down; the same id, or request key and digest, again is the same order.
-
-        Raises Unknown (account), Conflict (the key stands for another request; too many wait for their payment; an
-        automatic one is under way).
-        """
+        """Write it down; the same id, or request key and digest, again is the same order. Raises Unknown (account)."""
         row = await self._row(
             "SELECT * FROM farebox.create_order"
             "($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)",
@@ -235,21 +249,14 @@ class OrderLedger:
             *(new.request_key, new.request_digest, new.save_payment_method, new.success_url, new.cancel_url),
             *(new.customer, new.payment_method, unfinished_max),
         )
-        outcome = row["outcome"]
-        if outcome == "unknown":
+        if row["outcome"] == "unknown":
             raise Unknown(f"no account {new.account_id}")
-        conflicts = {
-            "conflict": f"the Idempotency-Key {new.request_key!r} stands for another request",
-            "busy": f"the automatic order {row['order_id']} is under way",
-            "too_many": f"{unfinished_max} orders of the account wait for their payment already",
-        }
-        if outcome in conflicts:
-            raise Conflict(conflicts[outcome])
-        return Created(await self.find(row["order_id"]), outcome == "done")
+        found = None if row["order_id"] is None else await self.find(row["order_id"])
+        return Created(CreateOutcome(row["outcome"]), found)
 
-    async def opened(self, order_id: UUID, session_id: str, url: str | None) -> Order:
+    async def opened(self, order_id: UUID, session_id: str, url: str | None, *, customer: str | None = None) -> Order:
         """It has this Checkout Session. Raises Unknown, Conflict (another session, or another order's)."""
-        outcome = await self._value("SELECT farebox.open_order($1, $2, $3)", order_id, session_id, url)
+        outcome = await self._value("SELECT farebox.open_order($1, $2, $3, $4)", order_id, session_id, url, customer)
         if outcome == "unknown":
             raise Unknown(f"no order {order_id}")
         if outcome == "conflict":
@@ -317,9 +324,13 @@ class OrderLedger:
             return account_id
         return None
 
-    async def put_customer(self, account_id: UUID, customer: str, *, livemode: bool) -> str:
-        """Who the account is to Stripe from now on: the first that was put."""
-        known: str = await self._value("SELECT farebox.put_customer($1, $2, $3)", account_id, livemode, customer)
+    async def put_customer(
+        self, account_id: UUID, customer: str, *, livemode: bool, instead_of: str | None = None
+    ) -> str:
+        """Who the account is to Stripe from now on: the first that was put, unless that is ``instead_of``: gone."""
+        known: str = await self._value(
+            "SELECT farebox.put_customer($1, $2, $3, $4)", account_id, livemode, customer, instead_of
+        )
         return known
 
     async def quarantine(self, *, resolved: bool = False, limit: int = 100) -> list[Quarantined]:

@@ -14,6 +14,7 @@ import asyncpg
 
 from proxy.core.usage import Usage
 from proxy.ledger.connect import Pool, translated
+from proxy.ledger.orders import Order, order
 from proxy.ledger.records import Account, Ended, Lot, Transfer
 from proxy.ledger.reports import report
 from proxy.ledger.rows import account, ended, lot, transfer
@@ -23,6 +24,8 @@ __all__ = ["AccountReader", "DayUsage"]
 _ACCOUNT = report("account")
 _EXPIRING = report("expiring")
 _LOTS = report("lots")
+_FIND_ORDER = report("find_order")
+_ORDERS = report("orders")
 _RECEIPT = report("receipt")
 _TRANSFERS = report("transfers")
 _USAGE = report("usage")
@@ -81,6 +84,16 @@ class AccountReader:
         """One of its calls; None where there is none, or it is another account's."""
         for row in await self._rows(account_id, _RECEIPT, hold_id):
             return ended(row)
+        return None
+
+    async def orders(self, account_id: UUID, *, after: UUID | None = None, limit: int = 100) -> list[Order]:
+        """Its orders, newest first: at most ``limit``, behind the order ``after``."""
+        return [order(row) for row in await self._rows(account_id, _ORDERS, account_id, None, after, limit)]
+
+    async def order(self, account_id: UUID, order_id: UUID) -> Order | None:
+        """One of its orders; None where there is none, or it is another account's."""
+        for row in await self._rows(account_id, _FIND_ORDER, order_id, None):
+            return order(row)
         return None
 
     async def _rows(self, account_id: UUID, query: str, *arguments: Any) -> Sequence[asyncpg.Record]:

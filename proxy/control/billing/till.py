@@ -138,10 +138,11 @@ class Till:
 
     async def _look_for(self, order: Order) -> Applied:
         """An order whose session, if it has one, we never heard of: nobody was sent there, and nobody will be."""
-        if order.customer is not None:
-            for session in await self._api.sessions_of(order.customer, since=order.created_at - CLOCK_ERROR):
+        customer = await self._orders.customer(order.account_id, livemode=order.livemode)
+        if customer is not None:
+            for session in await self._api.sessions_of(customer[0], since=order.created_at - CLOCK_ERROR):
                 if _named(session.metadata, ORDER_KEY) == order.id:
-                    await self._orders.opened(order.id, session.id, session.url)
+                    await self._orders.opened(order.id, session.id, session.url, customer=session.customer)
                     return await self.apply_session(session)
         if datetime.now(UTC) - order.created_at < UNHEARD_OF:
             return Applied("open", order.id)

@@ -3117,7 +3117,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) RETURNS text
+CREATE FUNCTION farebox.open_order(_id uuid, _session_id text, _url text, _customer text) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -3134,7 +3134,8 @@ BEGIN
         RETURN 'conflict';
     END IF;
     UPDATE farebox.orders AS o
-       SET session_id = _session_id, url = coalesce(_url, o.url), changed_at = clock_timestamp(),
+       SET session_id = _session_id, url = coalesce(_url, o.url), customer = coalesce(o.customer, _customer),
+           changed_at = clock_timestamp(),
            state = CASE o.state WHEN 'created' THEN 'open' ELSE o.state END
      WHERE o.id = _id AND (o.session_id IS NULL OR o.state = 'created' OR o.url IS NULL);
     RETURN 'done';
@@ -3441,7 +3442,7 @@ CREATE FUNCTION farebox.promo_wait(_account_id uuid) RETURNS timestamp with time
      WHERE r.account_id = _account_id AND r.refusals >= 10 AND r.since + interval '1 hour' > clock_timestamp()
 $$;
 
-CREATE FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) RETURNS text
+CREATE FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text, _instead_of text) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -3451,6 +3452,9 @@ BEGIN
     INSERT INTO farebox.stripe_customers (account_id, livemode, customer)
     VALUES (_account_id, _livemode, _customer)
     ON CONFLICT DO NOTHING;
+    UPDATE farebox.stripe_customers AS c
+       SET customer = _customer, payment_method = NULL
+     WHERE c.account_id = _account_id AND c.livemode = _livemode AND c.customer = _instead_of;
     SELECT c.customer INTO known
       FROM farebox.stripe_customers c
      WHERE c.account_id = _account_id AND c.livemode = _livemode;
@@ -5497,8 +5501,8 @@ GRANT ALL ON FUNCTION farebox.note_reconciliation(_window text, _started_at time
 REVOKE ALL ON FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.open_auto_topup(_id uuid, _account_id uuid, _livemode boolean, _offered boolean, _credits bigint, _bonus bigint, _credits_seconds bigint, _bonus_seconds bigint, _currency text, _price bigint, _day_max integer) TO farebox_control;
 
-REVOKE ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) FROM PUBLIC;
-GRANT ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) TO farebox_control;
+REVOKE ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text, _customer text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.open_order(_id uuid, _session_id text, _url text, _customer text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.open_purse(_account_id uuid) FROM PUBLIC;
 
@@ -5529,8 +5533,8 @@ REVOKE ALL ON FUNCTION farebox.priority_of(_lot_kind text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.promo_wait(_account_id uuid) FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) FROM PUBLIC;
-GRANT ALL ON FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) TO farebox_control;
+REVOKE ALL ON FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text, _instead_of text) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text, _instead_of text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.put_price_version(_version text, _body text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO farebox_gateway;

@@ -86,6 +86,7 @@ class Shop:
             request_key=f"auto:{failed.id}", **values
         )  # fmt: skip
         order = (await self.desk.orders.create(new)).order
+        assert order is not None
         if order.session_id is not None:
             return order
         metadata = {ORDER_KEY: str(order.id), ACCOUNT_KEY: str(order.account_id)}

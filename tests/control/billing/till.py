@@ -45,7 +45,9 @@ class Desk:
         """An order of a new account, unless it is another's."""
         if account_id is None:
             account_id = (await self.bank.open_account())[0].id
-        return (await self.orders.create(a_new_order(account_id, **changes))).order
+        created = await self.orders.create(a_new_order(account_id, **changes))
+        assert created.order is not None
+        return created.order
 
     async def session(self, order: Order, **changes: Any) -> str:
         """A Checkout Session for the order, as our checkout makes it: its id."""

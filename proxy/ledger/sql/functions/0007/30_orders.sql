@@ -70,7 +70,7 @@ END
 $$;
 
 -- What the order is called at Stripe, once known; another session than before is 'conflict'.
-CREATE FUNCTION farebox.open_order(_id uuid, _session_id text, _url text) RETURNS text
+CREATE FUNCTION farebox.open_order(_id uuid, _session_id text, _url text, _customer text) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     known farebox.orders;
@@ -85,7 +85,8 @@ BEGIN
         RETURN 'conflict';
     END IF;
     UPDATE farebox.orders AS o
-       SET session_id = _session_id, url = coalesce(_url, o.url), changed_at = clock_timestamp(),
+       SET session_id = _session_id, url = coalesce(_url, o.url), customer = coalesce(o.customer, _customer),
+           changed_at = clock_timestamp(),
            state = CASE o.state WHEN 'created' THEN 'open' ELSE o.state END
      WHERE o.id = _id AND (o.session_id IS NULL OR o.state = 'created' OR o.url IS NULL);
     RETURN 'done';
@@ -114,8 +115,9 @@ BEGIN
 END
 $$;
 
--- Who the account is to Stripe: what is stored from now on, though several asked at once.
-CREATE FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text) RETURNS text
+-- Who the account is to Stripe: what is stored from now on, though several asked at once. _instead_of: a customer that
+-- is there no more, whose cards are gone with it.
+CREATE FUNCTION farebox.put_customer(_account_id uuid, _livemode boolean, _customer text, _instead_of text) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     known text;
@@ -123,6 +125,9 @@ BEGIN
     INSERT INTO farebox.stripe_customers (account_id, livemode, customer)
     VALUES (_account_id, _livemode, _customer)
     ON CONFLICT DO NOTHING;
+    UPDATE farebox.stripe_customers AS c
+       SET customer = _customer, payment_method = NULL
+     WHERE c.account_id = _account_id AND c.livemode = _livemode AND c.customer = _instead_of;
     SELECT c.customer INTO known
       FROM farebox.stripe_customers c
      WHERE c.account_id = _account_id AND c.livemode = _livemode;
