@@ -515,7 +515,8 @@ def _limits(settings: Settings) -> Limits:
 
 def _routes(services: Services) -> list[BaseRoute]:
     """Every route but chat completions: one line a module."""
-    token = services.settings.admin_token
+    secret = services.settings.admin_token
+    token = AdminToken(secret.get_secret_value()) if secret else None
 
     async def fresh_key(request: Request) -> ApiKey:
         # No reserve looks at the key again, so that a revoked one would be read with for the cache's few seconds.
@@ -528,8 +529,8 @@ def _routes(services: Services) -> list[BaseRoute]:
         ),
         *account_routes(fresh_key, services.reader),
         *promo_routes(fresh_key, services.promos),
-        *(services.billing.routes(fresh_key, services.reader) if services.billing else ()),
-        *(admin_routes(AdminToken(token.get_secret_value()), services.operations) if token else ()),
+        *(services.billing.routes(fresh_key, services.reader, token) if services.billing else ()),
+        *(admin_routes(token, services.operations) if token else ()),
     ]
 
 

@@ -15,10 +15,13 @@ from datetime import datetime
 from starlette.routing import BaseRoute
 
 from proxy.control.account import Authenticate
+from proxy.control.admin import AdminToken
+from proxy.control.billing.admin_refunds import refund_routes
 from proxy.control.billing.checkout import Checkout, CheckoutTerms
 from proxy.control.billing.desks import Desks, open_desks, open_reconciler
 from proxy.control.billing.pages import page_routes
 from proxy.control.billing.reconcile_loop import ReconcileLoop
+from proxy.control.billing.refunding import Refunder
 from proxy.control.billing.resume import EventResumer
 from proxy.control.billing.resume_refunds import RefundResumer
 from proxy.control.billing.routes import billing_routes
@@ -47,13 +50,17 @@ class Billing:
     desks: Desks
     checkout: Checkout
     webhooks: WebhookEndpoint
+    refunder: Refunder
 
-    def routes(self, authenticate: Authenticate, reader: AccountReader) -> Sequence[BaseRoute]:
-        """Its endpoints."""
+    def routes(
+        self, authenticate: Authenticate, reader: AccountReader, token: AdminToken | None
+    ) -> Sequence[BaseRoute]:
+        """Its endpoints; the operator's, too, where there is a ``token``."""
         return [
             *webhook_routes(self.webhooks),
             *billing_routes(authenticate, self.checkout, reader),
             *page_routes(),
+            *(refund_routes(token, self.refunder) if token else ()),
         ]
 
 
@@ -100,7 +107,8 @@ async def open_billing(
         livemode=api.livemode,
         metrics=metrics,
     )
-    return Billing(desks, _checkout(settings, desks, pool, offers), endpoint)
+    refunder = Refunder(desks.orders, desks.refund_requests, desks.refunds, livemode=api.livemode)
+    return Billing(desks, _checkout(settings, desks, pool, offers), endpoint, refunder)
 
 
 def _checkout(settings: Settings, desks: Desks, pool: Pool, offers: Callable[[], Offers]) -> Checkout:

@@ -9,6 +9,7 @@ from proxy.cli.audit import audit
 from proxy.cli.backup import backup, restore
 from proxy.cli.demo import demo
 from proxy.cli.migrate import migrate
+from proxy.cli.refund import refund
 from proxy.cli.serve import serve
 
 __all__ = ["app", "main"]
@@ -36,6 +37,7 @@ app.command()(book.transactions)
 app.add_typer(book.receipts, name="receipts")
 app.add_typer(pricing.app, name="pricing")
 app.add_typer(stripe.app, name="stripe")
+app.command()(refund)
 app.command()(audit)
 app.command()(backup)
 app.command()(restore)

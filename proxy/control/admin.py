@@ -44,7 +44,7 @@ from proxy.control.views import (
 from proxy.core.errors import Unauthenticated
 from proxy.ledger.control import GRANT_KINDS, PRIORITY_MAX
 
-__all__ = ["TOKEN_CHARS_MIN", "AdminToken", "admin_routes"]
+__all__ = ["TOKEN_CHARS_MIN", "AdminToken", "admin_actor", "admin_routes"]
 
 TOKEN_CHARS_MIN = 32
 OVERLAP_SECONDS_DEFAULT = 86_400
@@ -186,7 +186,7 @@ class _Handlers:
             account.id,
             amount,
             reference=reference,
-            actor=_actor(request),
+            actor=admin_actor(request),
             reason=reason,
             kind=kind,
             expires_at=expires_at,
@@ -211,7 +211,9 @@ class _Handlers:
         reference = body.text("reference")
         body.done()
         account = await self._operations.account(request.path_params["account"], by_name=False)
-        frozen = await self._operations.freeze(account.id, reason=reason, reference=reference, actor=_actor(request))
+        frozen = await self._operations.freeze(
+            account.id, reason=reason, reference=reference, actor=admin_actor(request)
+        )
         return _answer(account_view(frozen))
 
     async def unfreeze(self, request: Request) -> Response:
@@ -219,7 +221,7 @@ class _Handlers:
         reference = body.text("reference")
         body.done()
         account = await self._operations.account(request.path_params["account"], by_name=False)
-        thawed = await self._operations.unfreeze(account.id, reference=reference, actor=_actor(request))
+        thawed = await self._operations.unfreeze(account.id, reference=reference, actor=admin_actor(request))
         return _answer(account_view(thawed))
 
     async def freezes(self, request: Request) -> Response:
@@ -236,7 +238,7 @@ class _Handlers:
         reason = body.required_text("reason", chars_max=1_000)
         body.done()
         transfer = await self._operations.reverse(
-            request_id, amount, reference=reference, actor=_actor(request), reason=reason
+            request_id, amount, reference=reference, actor=admin_actor(request), reason=reason
         )
         return _answer(transfer_view(transfer, internal=True))
 
@@ -282,7 +284,8 @@ def _terms(body: Fields) -> dict[str, Any]:
     return found
 
 
-def _actor(request: Request) -> str:
+def admin_actor(request: Request) -> str:
+    """Who acts by this token, for the book: as the header says, or else ``admin``."""
     named = request.headers.get("x-farebox-actor")
     if named is None:
         return "admin"

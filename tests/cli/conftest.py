@@ -1,11 +1,13 @@
 """The command's tests run it in this process, on a database of their module's own."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from proxy.cli import app
@@ -28,6 +30,16 @@ class Ran:
 
 
 Farebox = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+    """A command may set up its process's logs; this process has others."""
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    structlog.configure(**before)
+    root.handlers, root.level, root.propagate = handlers, level, True
 
 
 @pytest.fixture

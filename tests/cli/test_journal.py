@@ -1,14 +1,11 @@
 """`farebox journal`: what is listed, and what a replay does to a ledger that has forgotten or never knew."""
 
 import asyncio
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-import structlog
 
 from proxy.ledger.connect import Role, connect
 from proxy.ledger.holds import HoldLedger
@@ -18,16 +15,6 @@ from tests.cli.conftest import Farebox
 from tests.ledger.bank import open_bank
 from tests.ledger.journals import contents_of, opened
 from tests.postgres import Database
-
-
-@pytest.fixture(autouse=True)
-def logs() -> Iterator[None]:
-    """The command sets up its process's logs; this process has others."""
-    before, root = structlog.get_config(), logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    structlog.configure(**before)
-    root.handlers, root.level, root.propagate = handlers, level, True
 
 
 @pytest.fixture

@@ -4,17 +4,20 @@ Where Stripe refuses, they are available again. Where it doesn't answer, they st
 out what became of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID, uuid4, uuid5
 
 from proxy.control.billing.errors import StripeError
 from proxy.control.billing.refunds import RefundDesk
-from proxy.core.currencies import format_money, step_of
+from proxy.control.fields import check_plain
+from proxy.control.views import View, time_text
+from proxy.core.currencies import CurrencyError, format_amount, format_money, parse_money, step_of
 from proxy.core.errors import Conflict, InvalidRequest, NotFound, Refusal, Unavailable
-from proxy.ledger.orders import Order
+from proxy.core.money import format_credits
+from proxy.ledger.orders import Order, OrderLedger
 from proxy.ledger.refunds import RefundLedger, RefundOpened, RefundRequest, RequestOutcome
 
-__all__ = ["RefundTerms", "Refunder"]
+__all__ = ["RefundTerms", "Refunder", "refund_view"]
 
 # Ids of requests that the operator has named: the same name for the same order is the same request.
 _NAMES = UUID("5b1d8f0e-6a0c-4c27-9f57-8f7b4f1c9d02")
@@ -38,10 +41,25 @@ class RefundTerms:
 class Refunder:
     """Refunds parts of orders, in one of Stripe's modes. Raises LedgerError and refusals."""
 
-    def __init__(self, ledger: RefundLedger, desk: RefundDesk, *, livemode: bool) -> None:
+    def __init__(self, orders: OrderLedger, ledger: RefundLedger, desk: RefundDesk, *, livemode: bool) -> None:
+        self._orders = orders
         self._ledger = ledger
         self._desk = desk
         self._livemode = livemode
+
+    async def refund_named(self, ref: str, amount: str | None, terms: RefundTerms) -> RefundRequest:
+        """``refund``, of the order of that id or of its PaymentIntent's, session's or invoice's; ``amount``: decimal
+        money in its currency. Raises NotFound besides."""
+        order = await self._orders.search(ref)
+        if order is None:
+            raise NotFound("There is no such order.", code="not_found")
+        if amount is None:
+            return await self.refund(order, terms)
+        try:
+            money = parse_money(amount, order.currency)
+        except CurrencyError as error:
+            raise InvalidRequest(f"{error}.", code="invalid_value", param="amount") from None
+        return await self.refund(order, replace(terms, amount=money))
 
     async def refund(self, order: Order, terms: RefundTerms) -> RefundRequest:
         """Hold the credits, have Stripe refund the money, and take the credits: the request as it then is.
@@ -54,12 +72,14 @@ class Refunder:
             raise Conflict(
                 f"The order is of {theirs} mode, and FAREBOX_STRIPE_KEY of {ours} mode.", code="livemode_mismatch"
             )
-        if terms.amount is not None and (terms.all_left or terms.amount % step_of(order.currency)):
+        if terms.amount is not None and (terms.all_left or terms.amount <= 0 or terms.amount % step_of(order.currency)):
             raise InvalidRequest(
-                f"An amount of {order.currency.upper()} that can be refunded, or all that is left: one of the two.",
+                f"An amount of {order.currency.upper()} above 0 that can be paid, or all that is left: one of the two.",
                 code="invalid_value",
                 param="amount",
             )
+        check_plain("reference", terms.reference)
+        check_plain("reason", terms.reason, chars_max=1_000)
         request_id = uuid4() if terms.reference is None else uuid5(_NAMES, f"{order.id}:{terms.reference}")
         opened = await self._ledger.open(
             request_id,
@@ -86,6 +106,26 @@ class Refunder:
                 code="refund_unresolved",
                 headers={"retry-after": "60"},
             ) from error
+
+
+def refund_view(request: RefundRequest) -> View:
+    """A refund that we asked for, as its operator sees it. ``credits`` and ``bonus`` are what was held for it."""
+    return {
+        "object": "refund_request",
+        "id": str(request.id),
+        "order": str(request.order_id),
+        "account": str(request.account_id),
+        "state": request.state,
+        "refund": request.refund,
+        "amount": format_amount(request.amount, request.currency),
+        "currency": request.currency,
+        "credits": format_credits(request.credits),
+        "bonus": format_credits(request.bonus),
+        "actor": request.actor,
+        "reason": request.reason,
+        "problem": request.problem,
+        "created_at": time_text(request.created_at),
+    }
 
 
 def _refusal(opened: RefundOpened, order: Order) -> Refusal:

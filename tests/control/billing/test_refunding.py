@@ -20,7 +20,7 @@ DAY = 24 * 3600
 
 
 def refunder(counter: Counter, *, livemode: bool = False) -> Refunder:
-    return Refunder(counter.ledger, counter.refunds, livemode=livemode)
+    return Refunder(counter.desk.orders, counter.ledger, counter.refunds, livemode=livemode)
 
 
 async def refund(counter: Counter, order: Order, **terms: Any) -> RefundRequest:
@@ -296,6 +296,7 @@ async def test_what_can_t_be_refunded(counter: Counter) -> None:
     assert (await refused(counter, unpaid)).code == "refund_no_payment"
     order, _ = await counter.sold()
     assert (await refused(counter, order, amount=1001)).code == "refund_above_payment"
+    assert isinstance(await refused(counter, order, amount=0), InvalidRequest)
     assert isinstance(await refused(counter, order, amount=1, all_left=True), InvalidRequest)
     with pytest.raises(Conflict, match="mode"):
         await refunder(counter, livemode=True).refund(order, RefundTerms(actor="ann"))
