@@ -171,7 +171,8 @@ class Progress:
         meter = self.meter
         if meter is None or not (meter.delivered or meter.usage_raw is not None):
             return Usage()
-        prompt = await self.prompt()
+        # Shielded: whoever stops waiting must not take the count away from the others who need it.
+        prompt = await asyncio.shield(self.prompt())
         self.note()
         counting = self.counting()
         counts = await self._count_each(counting.texts)
@@ -186,8 +187,11 @@ class Progress:
         ).usage
 
     def prompt(self) -> "asyncio.Task[int]":
-        """The prompt's tokens; counted once, by a task that goes on if nobody waits for it."""
-        if self._prompt is None:
+        """The prompt's tokens; counted once, by a task that goes on if nobody waits for it.
+
+        One that failed is begun anew.
+        """
+        if self._prompt is None or _failed(self._prompt):
             self._prompt = asyncio.get_running_loop().create_task(self._count_prompt())
         return self._prompt
 
@@ -273,7 +277,8 @@ class Progress:
         reached = counting.checkpoint
         if reached is None or counts is None:
             return
-        prompt = self._prompt.result() if self._prompt is not None and self._prompt.done() else None
+        known = self._prompt is not None and self._prompt.done() and not _failed(self._prompt)
+        prompt = self._prompt.result() if self._prompt is not None and known else None
         self.marked = self._usage_at(reached, self._surely_said(counting, counts), prompt or 0)
         self.marked_at = self._clock()
         if prompt is not None and counting.complete:
@@ -322,6 +327,10 @@ class Progress:
             usage = Usage() if reported is None else reported.usage
             self._report_output = usage.output + usage.reasoning + usage.audio_output
         return self._report_output + meter.text_bytes - meter.usage_text_bytes
+
+
+def _failed(task: "asyncio.Task[int]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _part(tally: _Tally, *, delivered: int, whole: bool) -> _Part:

@@ -154,9 +154,15 @@ class WorkerLease:
         try:
             async with asyncio.timeout(MARKS_SECONDS):
                 return await self._marks.gather()
+        except asyncio.CancelledError as error:
+            # Not us who were cancelled, but something that the marks waited for: no reason to end, either.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            log.error("progress isn't known", worker=str(self.worker_id), reason=repr(error))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the marks, the lease has to be renewed
             log.error("progress isn't known", worker=str(self.worker_id), reason=repr(error))
-            return ()
+        return ()
 
     async def _beat(self, marks: Sequence[Mark], calls: Calls) -> tuple[float, Renewed]:
         self._beats += 1

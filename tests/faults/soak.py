@@ -4,8 +4,8 @@
 
 Each minute of load is followed by a quiet moment. Wrong is: resident memory that grows by more than a MiB an hour after
 the warm-up, more descriptors in the last quiet moment than in those of the warm-up, more threads or tasks than in the
-first, a hold that is left, and whatever the judge finds. A run of a few minutes can't tell such a slope from noise, and
-says so.
+first, a hold that is left, calls that weren't served, and whatever the judge finds. A run of a few minutes can't tell
+such a slope from noise, and says so.
 """
 
 import argparse
@@ -31,6 +31,8 @@ SLOPE_MIB_AN_HOUR_MAX = 1.0
 SLOPE_MINUTES_MIN = 30.0
 WARM_UP_SHARE = 0.25
 SAMPLE_SECONDS = 5.0
+SERVED_SHARE_MIN = 0.9
+"""Of each round's calls. Those that the provider refuses count as served."""
 ACCOUNTS = 2
 """New ones each minute: what is remembered of a key, within the limits of its cache, must not look like a leak."""
 MORE_MAX = 10
@@ -99,7 +101,10 @@ async def soak(scene: Scene, *, seed: int, streams: int, minutes: float, slower:
             sample = look(process)
             if sample.at > warm:
                 samples.append(sample)
+        calls, exact = found.calls, found.exact
         await quiet(scene, found, crowd)
+        if found.exact - exact < SERVED_SHARE_MIN * (found.calls - calls):
+            found.wrongs.append(f"only {found.exact - exact} of {found.calls - calls} calls were served")
         quiets.append(replace(look(process), tasks=await tasks_of(scene, port)))
         print(f"  {quiets[-1]}: {found.told()}", flush=True)
         scene.forget()

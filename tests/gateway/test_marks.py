@@ -273,6 +273,45 @@ async def test_a_counter_that_cant_count_leaves_the_mark_as_it_was() -> None:
     assert await marks.gather() == []
 
 
+async def test_who_stops_waiting_for_the_prompts_count_takes_it_from_nobody(counter: TokenCounter) -> None:
+    progress, begun, gate = progress_of(counter), asyncio.Event(), asyncio.Event()
+
+    async def slowly(_meter: Meter | None) -> tuple[int, int]:
+        begun.set()
+        await gate.wait()
+        return 7, 0
+
+    progress._count_answer = slowly
+    assert progress.meter is not None
+    progress.meter.observe(text("Hello, you there! "))
+    given(progress)
+    waiter = asyncio.create_task(progress.count())
+    await begun.wait()
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+    gate.set()
+    usage = await marked(progress, counter.count_each)
+    assert usage is not None
+    assert usage.input == 7
+
+
+async def test_a_count_of_the_prompt_that_was_cancelled_is_begun_anew(counter: TokenCounter) -> None:
+    progress = progress_of(counter)
+    assert progress.meter is not None
+    progress.meter.observe(text("Hello, you there! "))
+    given(progress)
+    progress.note()
+    progress.prompt().cancel()
+    await asyncio.sleep(0)
+    counting = progress.counting(for_mark=True)
+    progress.mark(counting, await counter.count_each(counting.texts))
+    assert progress.marked is not None
+    assert progress.marked.input == 0
+    usage = await marked(progress, counter.count_each)
+    assert usage is not None
+    assert usage.input == 7
+
+
 async def test_an_ended_exchange_has_no_mark(counter: TokenCounter) -> None:
     settler = Settler(Ledger(), metrics=Metrics(), count_each=counter.count_each)
     marks = Marks(lambda: settler.exchanges, counter.count_each, metrics=Metrics())

@@ -27,7 +27,7 @@ class Owner:
     lapses: int = 0
     marks: list[Mark] = field(default_factory=list)
     stored_holds: list[UUID] = field(default_factory=list)
-    trouble: list[Exception | float] = field(default_factory=list)
+    trouble: list[BaseException | float] = field(default_factory=list)
     asked: int = 0
     slept: float = 0.0
 
@@ -38,7 +38,7 @@ class Owner:
         self.asked += 1
         if self.trouble:
             trouble = self.trouble.pop()
-            if isinstance(trouble, Exception):
+            if isinstance(trouble, BaseException):
                 raise trouble
             await asyncio.sleep(trouble)
         return self.marks
@@ -145,6 +145,15 @@ async def test_one_bad_beat_does_not_stop_the_heart() -> None:
     async with leased(fake, owner) as lease:
         await fake.until(lambda: len(fake.beats) > 1)
         assert not owner.trouble
+        assert [len(marks) for _, marks in fake.beats[:2]] == [0, 1]
+        assert lease.held()
+
+
+async def test_marks_that_waited_for_something_cancelled_do_not_stop_the_heart() -> None:
+    """A cancellation that isn't ours ends a task without a word, and with it every call of this process."""
+    fake, owner = FakeLedger(), Owner(trouble=[asyncio.CancelledError()], marks=[Mark(uuid4(), Usage())])
+    async with leased(fake, owner) as lease:
+        await fake.until(lambda: len(fake.beats) > 1)
         assert [len(marks) for _, marks in fake.beats[:2]] == [0, 1]
         assert lease.held()
 
