@@ -102,6 +102,7 @@ class Timing:
     alerts_seconds: float = 30.0
     messages_seconds: float = 5.0
     events_seconds: float = 30.0
+    auto_topup_seconds: float = 10.0
     lots_seconds: float = 10.0
 
 
@@ -299,6 +300,7 @@ async def _running(settings: Settings, metrics: Metrics, adapt: Adapt, timing: T
                 lambda: catalog.holder.current.offers,
                 stack,
                 events_seconds=timing.events_seconds,
+                auto_topup_seconds=timing.auto_topup_seconds,
             ),
             settler=settler,
             journaling=journaling,

@@ -17,6 +17,8 @@ from starlette.routing import BaseRoute
 from proxy.control.account import Authenticate
 from proxy.control.admin import AdminToken
 from proxy.control.billing.admin_refunds import refund_routes
+from proxy.control.billing.auto_settings import AutoSettings, auto_topup_routes, offer_of
+from proxy.control.billing.autotopup import AutoTopups
 from proxy.control.billing.checkout import Checkout, CheckoutTerms
 from proxy.control.billing.desks import Desks, open_desks, open_reconciler
 from proxy.control.billing.pages import page_routes
@@ -30,6 +32,7 @@ from proxy.control.billing.webhooks import WebhookEndpoint, webhook_routes
 from proxy.core.packs import Offers
 from proxy.core.return_urls import ReturnUrls
 from proxy.gateway.ids import new_request_id
+from proxy.ledger.autotopups import AutoTopupLedger
 from proxy.ledger.connect import Pool, Role, connect, create_pool
 from proxy.ledger.control import ControlLedger
 from proxy.ledger.reader import AccountReader
@@ -49,6 +52,7 @@ class Billing:
 
     desks: Desks
     checkout: Checkout
+    auto_topup: AutoSettings
     webhooks: WebhookEndpoint
     refunder: Refunder
 
@@ -59,6 +63,7 @@ class Billing:
         return [
             *webhook_routes(self.webhooks),
             *billing_routes(authenticate, self.checkout, reader),
+            *auto_topup_routes(authenticate, self.auto_topup),
             *page_routes(),
             *(refund_routes(token, self.refunder) if token else ()),
         ]
@@ -78,10 +83,12 @@ async def open_billing(
     stack: AsyncExitStack,
     *,
     events_seconds: float,
+    auto_topup_seconds: float,
 ) -> Billing | None:
     """Billing, started; None where it is off. It ends with the stack. Raises SettingsError.
 
-    ``offers``: what is sold now. ``events_seconds``: how often webhooks are looked for that were left.
+    ``offers``: what is sold now. ``events_seconds``: how often webhooks are looked for that were left;
+    ``auto_topup_seconds``: and accounts that buy by themselves.
     """
     if settings.stripe_key is None:
         return None
@@ -100,6 +107,8 @@ async def open_billing(
     _resume_events(desks, metrics, stack, seconds=events_seconds)
     _resume_refunds(desks, metrics, stack)
     _reconcile(desks, pool, dsn, metrics, stack)
+    checkout = _checkout(settings, desks, pool, offers)
+    auto_topup = _auto_topup(settings, desks, pool, checkout, metrics, stack, seconds=auto_topup_seconds)
     endpoint = WebhookEndpoint(
         desks.event_ledger,
         desks.events,
@@ -108,7 +117,7 @@ async def open_billing(
         metrics=metrics,
     )
     refunder = Refunder(desks.orders, desks.refund_requests, desks.refunds, livemode=api.livemode)
-    return Billing(desks, _checkout(settings, desks, pool, offers), endpoint, refunder)
+    return Billing(desks, checkout, auto_topup, endpoint, refunder)
 
 
 def _checkout(settings: Settings, desks: Desks, pool: Pool, offers: Callable[[], Offers]) -> Checkout:
@@ -122,6 +131,34 @@ def _checkout(settings: Settings, desks: Desks, pool: Pool, offers: Callable[[],
         return_urls=ReturnUrls(settings.billing_return_urls),
     )
     return Checkout(desks.api, desks.orders, ControlLedger(pool), offers, terms, new_id=new_request_id)
+
+
+def _auto_topup(
+    settings: Settings,
+    desks: Desks,
+    pool: Pool,
+    checkout: Checkout,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+    *,
+    seconds: float,
+) -> AutoSettings:
+    """What buys packs for accounts by itself, and what they say about it."""
+    ledger, taxed = AutoTopupLedger(pool), settings.stripe_automatic_tax
+    loop = AutoTopups(
+        desks.api,
+        ledger,
+        desks.orders,
+        desks.till,
+        checkout,
+        lambda pack: offer_of(checkout.offers.packs.get(pack)),
+        metrics=metrics,
+        opens=not taxed,
+        look_seconds=seconds,
+    )
+    loop.start()
+    stack.push_async_callback(loop.stop)
+    return AutoSettings(ledger, desks.orders, lambda: checkout.offers, livemode=desks.api.livemode, automatic_tax=taxed)
 
 
 def _resume_events(desks: Desks, metrics: Metrics, stack: AsyncExitStack, *, seconds: float) -> None:

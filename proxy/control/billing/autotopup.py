@@ -65,7 +65,8 @@ class Counter(Protocol):
 
 
 class AutoTopups:
-    """The loop, and its steps. ``offer``: what is sold under a pack's id now, None: nothing."""
+    """The loop, and its steps. ``offer``: what is sold under a pack's id now, None: nothing. ``opens`` False: what is
+    under way is gone on with, and nothing new is bought."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class AutoTopups:
         offer: Callable[[str], Offer | None],
         *,
         metrics: Counter,
+        opens: bool = True,
         look_seconds: float = LOOK_SECONDS,
         silent_seconds: float = SILENT_SECONDS,
     ) -> None:
@@ -87,6 +89,7 @@ class AutoTopups:
         self._instead = instead
         self._offer = offer
         self._metrics = metrics
+        self._opens = opens
         self._look_seconds = look_seconds
         self._silent_seconds = silent_seconds
         self._task: asyncio.Task[None] | None = None
@@ -104,8 +107,9 @@ class AutoTopups:
 
     async def round(self) -> None:
         """Open what is due, go on with what is open, and send links. Raises LedgerError."""
-        due = await self._ledger.due(livemode=self._api.livemode, limit=ACCOUNTS_MAX)
-        await self._each(self._attempt_for, due)
+        if self._opens:
+            due = await self._ledger.due(livemode=self._api.livemode, limit=ACCOUNTS_MAX)
+            await self._each(self._attempt_for, due)
         silent = await self._ledger.claim(
             livemode=self._api.livemode, after_seconds=self._silent_seconds, limit=ACCOUNTS_MAX
         )
