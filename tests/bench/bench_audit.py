@@ -1,4 +1,5 @@
-"""How long the audit takes on a million transfers: in full, with and without seals, and of what is new; and sealing.
+"""How long the audit takes on a million transfers: in full, with and without seals, and of what is new; sealing,
+and drawing lots.
 
 ``python -m tests.bench.bench_audit`` or ``make bench``. On a PostgreSQL with its defaults. A busy machine makes every
 figure longer; the full audit takes as many processes as Postgres gives it, two by default.
@@ -15,6 +16,7 @@ import pytest
 from proxy.ledger.audit import Check, audit, audit_since_last, book_state
 from proxy.ledger.bookkeeper import SEAL_ROWS, seal
 from proxy.ledger.connect import Connection, Role, connect
+from proxy.ledger.lots import draw_behind
 from proxy.ledger.records import ApiKey
 from tests.ledger.bank import Bank, open_bank
 from tests.ledger.crowd import fill
@@ -54,6 +56,7 @@ async def run(database: Database) -> None:
         await timed(
             "a million transfers and holds are written", lambda: fill(bank.owner, accounts=ACCOUNTS, calls=CALLS)
         )
+        await timed("all of it is drawn from lots, in stretches", lambda: draw_behind(keeper, breath_seconds=0))
         require_clean(await timed("full audit, nothing sealed", lambda: audit(keeper), rounds=ROUNDS))
         await timed("all of it is sealed, in steps", lambda: _seal_all(keeper))
         await bank.owner.execute("ANALYZE farebox.seals")
@@ -61,6 +64,7 @@ async def run(database: Database) -> None:
         require_clean(checks)
         rows = {check.name: check.rows for check in checks}
         assert rows["sealed_transfers_are_as_they_were"] >= ACCOUNTS * (CALLS + 1)
+        assert rows["transfers_are_drawn_from_lots"] >= ACCOUNTS * (CALLS + 1)
         await timed("all of it is audited as new, in steps", lambda: _audit_all(keeper))
         require_clean(await timed("audit since last, nothing new", lambda: audit_since_last(keeper), rounds=ROUNDS))
         _, key = await bank.open_account(10**9)
@@ -74,6 +78,7 @@ async def run(database: Database) -> None:
                 )
             )
             await timed(f"{NEW_CALLS} new calls are sealed", lambda: seal(keeper))
+            await timed(f"{NEW_CALLS} new calls are drawn from lots", lambda: draw_behind(keeper))
     await keeper.close()
 
 

@@ -5,10 +5,17 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+from asyncpg import Record
+from asyncpg.pool import PoolConnectionProxy
+
+from proxy.ledger.audit import audit
 from proxy.ledger.connect import Connection
 from tests.ledger.bank import Bank
 
-__all__ = ["Lot", "Taking", "draw", "give_back", "locked", "lots", "purchase", "take"]
+__all__ = ["UNSOLD", "Lot", "Taking", "broken", "draw", "give_back", "locked", "lots", "purchase", "take"]
+
+UNSOLD = "the_book_has_what_orders_gave_up"
+"""Takings here are of purchases without an order: all of the audit holds but this."""
 
 _TAKE = "SELECT * FROM farebox.take($1, $2, $3, $4, 'test', NULL, $5, $6)"
 _GIVE_BACK = "SELECT * FROM farebox.give_back($1, $2, $3, $4, 'test', NULL, $5, $6)"
@@ -32,8 +39,18 @@ class Lot:
     owed: int
 
 
+async def broken(connection: Connection) -> set[str]:
+    """What a full audit finds wrong, beside UNSOLD."""
+    return {check.name for check in await audit(connection) if not check.ok} - {UNSOLD}
+
+
 async def locked(
-    connection: Connection, account_id: UUID, kind: str, reference: str, query: str, *arguments: Any
+    connection: "Connection | PoolConnectionProxy[Record]",
+    account_id: UUID,
+    kind: str,
+    reference: str,
+    query: str,
+    *arguments: Any,
 ) -> Any:
     """The query's row, in one transaction with the locks before it."""
     async with connection.transaction():
@@ -61,7 +78,7 @@ async def take(
     kind: str = "refund",
     at_most_lot: bool = False,
     reference: str | None = None,
-    connection: "Connection | None" = None,
+    connection: "Connection | PoolConnectionProxy[Record] | None" = None,
 ) -> Taking:
     """A refund's or a dispute's taking, aimed at that lot."""
     reference = reference or f"re_{uuid4().hex}"
@@ -71,11 +88,19 @@ async def take(
 
 
 async def give_back(
-    bank: Bank, account_id: UUID, lot: int, amount: int, references: list[str], *, kind: str = "refund_return"
+    bank: Bank,
+    account_id: UUID,
+    lot: int,
+    amount: int,
+    references: list[str],
+    *,
+    kind: str = "refund_return",
+    connection: "Connection | PoolConnectionProxy[Record] | None" = None,
 ) -> str:
     """The return of a taking, of the first of the references; its outcome."""
     arguments = (account_id, kind, amount, references[0], lot, references)
-    outcome: str = (await locked(bank.owner, account_id, kind, references[0], _GIVE_BACK, *arguments))["outcome"]
+    row = await locked(connection or bank.owner, account_id, kind, references[0], _GIVE_BACK, *arguments)
+    outcome: str = row["outcome"]
     return outcome
 
 

@@ -644,10 +644,16 @@ END
 $$;
 
 CREATE FUNCTION farebox.audit_lots_since(_steps farebox.audit_step[]) RETURNS SETOF farebox.audit_check
-    LANGUAGE sql STABLE
+    LANGUAGE plpgsql STABLE
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
+DECLARE
+    -- Known when the plan is made: it goes to these accounts, and to no other.
+    accounts uuid[] := ARRAY(SELECT s.account_id FROM unnest(_steps) AS s);
+BEGIN
+    RETURN QUERY
     WITH judged AS MATERIALIZED (
-        SELECT j.* FROM farebox.judged_marks(ARRAY(SELECT s.account_id FROM unnest(_steps) AS s)) AS j
+        SELECT j.* FROM farebox.judged_marks(accounts) AS j
     )
     SELECT v.name, v.checked, v.violations, v.example
       FROM (
@@ -659,7 +665,8 @@ CREATE FUNCTION farebox.audit_lots_since(_steps farebox.audit_step[]) RETURNS SE
            LATERAL (VALUES
                ('lots_hold_the_balance_at_their_mark', c.checked, c.v1, c.e1),
                ('lots_owe_no_more_than_the_debt_and_reserve_no_more_than_is_held', c.checked, c.v2, c.e2)
-           ) AS v (name, checked, violations, example)
+           ) AS v (name, checked, violations, example);
+END
 $$;
 
 CREATE FUNCTION farebox.audit_overruns() RETURNS SETOF farebox.audit_check
