@@ -10,6 +10,7 @@ import typer
 from proxy.billing import stripe_api
 from proxy.cli.arguments import AsJson, DatabaseUrl, seconds_of
 from proxy.cli.output import EXIT_FAILED, CommandFailed, reporting, table_of
+from proxy.cli.serve import configure_logs
 from proxy.cli.session import Access, database_access, require_schema
 from proxy.control.billing.desks import open_desks, open_reconciler
 from proxy.control.billing.errors import StripeError
@@ -25,15 +26,16 @@ from proxy.settings import load
 
 __all__ = ["reconcile"]
 
+BACK = timedelta(hours=72)
 CONNECTIONS = 4
 LISTED_MAX = 50
 
 
 def reconcile(
     since: Annotated[
-        int,
-        typer.Option(metavar="DURATION", parser=seconds_of, help="How far to look back, as 72h or 30d."),
-    ] = 72 * 3_600,
+        int | None,
+        typer.Option(metavar="DURATION", parser=seconds_of, help="How far to look back, as 30d; without it 72h."),
+    ] = None,
     as_json: AsJson = False,
     database_url: DatabaseUrl = None,
 ) -> None:
@@ -41,7 +43,8 @@ def reconcile(
     with reporting(as_json=as_json) as out:
         progress = (lambda line: None) if as_json else (lambda line: typer.echo(line, err=True))
         with database_access(load(database_url=database_url), purpose="farebox stripe reconcile") as access:
-            report = asyncio.run(_reconcile(access, timedelta(seconds=since), progress))
+            back = BACK if since is None else timedelta(seconds=since)
+            report = asyncio.run(_reconcile(access, back, progress))
         out.show(_view(report), _lines(report))
         if not report.clean:
             raise typer.Exit(EXIT_FAILED)
@@ -49,6 +52,8 @@ def reconcile(
 
 async def _reconcile(access: Access, back: timedelta, progress: Callable[[str], None]) -> Reconciliation:
     settings = access.settings
+    # What is done here is the command's answer; on standard error there is only what an alarm would be made of.
+    configure_logs(settings.model_copy(update={"log_level": "error"}))
     plans = read_catalog(settings.pricing, settings.upstreams).offers.plans
     api = stripe_api(settings)
     try:

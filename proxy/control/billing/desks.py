@@ -16,7 +16,8 @@ from proxy.control.billing.plans import PlanDesk
 from proxy.control.billing.reconcile import Finished, Reconciler, Side
 from proxy.control.billing.refunds import RefundDesk
 from proxy.control.billing.stripe_api import StripeApi
-from proxy.control.billing.till import Till
+from proxy.control.billing.stripe_invoices import invoice_of
+from proxy.control.billing.till import Applied, Till
 from proxy.core.packs import Plan
 from proxy.ledger.connect import Pool
 from proxy.ledger.disputes import DisputeLedger
@@ -53,10 +54,11 @@ def open_desks(api: StripeApi, pool: Pool, plans: Callable[[], Mapping[str, Plan
     """The desks over one ledger, whose ``pool`` acts as ``Role.CONTROL``."""
     orders = OrderLedger(pool)
     till = Till(api, orders, metrics=metrics)
-    refund_requests = RefundLedger(pool)
-    refunds = RefundDesk(api, refund_requests, till, metrics=metrics)
-    disputes = DisputeDesk(api, DisputeLedger(pool), till, metrics=metrics)
     plan_desk = PlanDesk(api, PlanLedger(pool), orders, plans, metrics=metrics)
+    payments = _PaidWhatever(api, till, plan_desk, plans)
+    refund_requests = RefundLedger(pool)
+    refunds = RefundDesk(api, refund_requests, payments, metrics=metrics)
+    disputes = DisputeDesk(api, DisputeLedger(pool), payments, metrics=metrics)
     event_ledger = EventLedger(pool)
 
     async def session(id: str) -> str:
@@ -77,6 +79,27 @@ def open_desks(api: StripeApi, pool: Pool, plans: Callable[[], Mapping[str, Plan
     }
     event_desk = EventDesk(event_ledger, appliers, metrics=metrics)
     return Desks(api, orders, till, refund_requests, refunds, disputes, plan_desk, plans, event_ledger, event_desk)
+
+
+class _PaidWhatever:
+    """Applies a payment of either kind, for a refund or dispute that is heard of before it: an order's, or an
+    invoice's, which its PaymentIntent doesn't show."""
+
+    def __init__(
+        self, api: StripeApi, till: Till, plan_desk: PlanDesk, plans: Callable[[], Mapping[str, Plan]]
+    ) -> None:
+        self._api = api
+        self._till = till
+        self._plan_desk = plan_desk
+        self._plans = plans
+
+    async def apply_payment(self, *, payment_intent: str) -> Applied:
+        """What became of it. Raises StripeAway, StripeRefused, LedgerUnavailable."""
+        applied = await self._till.apply_payment(payment_intent=payment_intent)
+        if applied.outcome != "not_ours" or not self._plans():
+            return applied
+        invoice = await invoice_of(self._api, payment_intent)
+        return applied if invoice is None else await self._plan_desk.apply(invoice)
 
 
 def open_reconciler(

@@ -22,7 +22,7 @@ from proxy.control.billing.listing import AtStripe, Listing, events
 from proxy.control.billing.resume import resume_events
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.ledger.errors import LedgerError
-from proxy.ledger.orders import OrderLedger
+from proxy.ledger.orders import Order, OrderLedger
 from proxy.ledger.reconciliation import Booked, ReconciliationLedger
 from proxy.ledger.stripe_events import EventLedger, Taken
 
@@ -37,11 +37,12 @@ Progress = Callable[[str], None]
 
 EVENTS_SECONDS_MAX = 30 * 86_400 - 3_600
 """Stripe lists events for 30 days."""
-UNFINISHED_SECONDS = 600.0
-"""An order that is younger waits for its customer."""
+UNFINISHED_SECONDS = 25 * 3_600.0
+"""An order that is younger may wait for its customer: a Checkout Session lives for a day."""
 AT_ONCE = 4
 ROUNDS_MAX = 100
 PAGE = 100
+QUARANTINE_MAX = 1_000
 DISMISSED = "dismissed"
 NOTHING_DUE = frozenset({"not_ours", "nothing_sold", "open"})
 """Outcomes of the desks by which an object means nothing (yet) for anybody's credits."""
@@ -161,6 +162,7 @@ class Reconciler:
             await self._compare(work, side)
         await self._known_here_alone(work)
         await self._unsettled(work)
+        await self._undecided(work)
         return work.report
 
     # What was told, and what was begun
@@ -205,18 +207,27 @@ class Reconciler:
         while True:
             page = await self._orders.unfinished(before=before, after=after, limit=PAGE)
             for order in page:
-                try:
-                    outcome = await self._apply_order(order.id)
-                except (StripeError, LedgerError) as error:
-                    work.fail(f"order {order.id}: {error}")
-                    continue
-                if outcome == "paid":
-                    work.report.mended.append(Mended("order", str(order.id), outcome))
+                await self._unfinished_order(work, order)
             looked += len(page)
             if len(page) < PAGE:
                 break
             after = page[-1].id
         work.say(f"{looked} unfinished orders looked at")
+
+    async def _unfinished_order(self, work: "_Run", order: Order) -> None:
+        if order.livemode != self._api.livemode:
+            return
+        if order.kind == "checkout" and order.payment is None:
+            # Its customer was never sent to Stripe. Whoever paid all the same is credited: states only rise.
+            await self._orders.advance(order.id, "expired")
+            return
+        try:
+            outcome = await self._apply_order(order.id)
+        except (StripeError, LedgerError) as error:
+            work.fail(f"order {order.id}: {error}")
+            return
+        if outcome == "paid":
+            work.report.mended.append(Mended("order", str(order.id), outcome))
 
     async def _finish_up(self, work: "_Run", name: str, finish: Callable[[], Awaitable[Finished]]) -> None:
         try:
@@ -311,6 +322,22 @@ class Reconciler:
                 continue
             for known in (await side.booked([at])).values():
                 await self._settle(work, side, at, known)
+
+    async def _undecided(self, work: "_Run") -> None:
+        """Payments in quarantine that nobody has decided about, however old they are. An invoice is tried again: its
+        plan may have been added to pricing.yaml since."""
+        named = {difference.id for difference in work.report.differences}
+        for held in await self._orders.quarantine(limit=QUARANTINE_MAX):
+            if held.payment in named or held.livemode != self._api.livemode:
+                continue
+            kind = "invoice" if held.payment.startswith("in_") else "payment"
+            currency, received = held.currency or "", held.received
+            if kind == "invoice":
+                at = AtStripe(held.payment, currency, received or 0)
+                await self._settle(work, self._sides[kind], at, (await self._sides[kind].booked([at]))[held.payment])
+                continue
+            why = f"in quarantine: {held.reason}"
+            work.report.differences.append(Difference(kind, held.payment, currency, received, None, why))
 
 
 @dataclass(slots=True)

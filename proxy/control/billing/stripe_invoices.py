@@ -12,7 +12,7 @@ import stripe
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_objects import Members, members
 
-__all__ = ["Invoice", "InvoiceLine", "fetch_invoice"]
+__all__ = ["Invoice", "InvoiceLine", "fetch_invoice", "invoice_of"]
 
 PAGE = 100
 
@@ -58,6 +58,19 @@ async def fetch_invoice(api: StripeApi, id: str) -> Invoice:
         # The invoice shows its first lines only.
         lines = client.v1.invoices.line_items.list(id, {"limit": PAGE})
         return _invoice(found, tuple(_line(members(line)) for line in lines.auto_paging_iter()))
+
+    return await api.call(look)
+
+
+async def invoice_of(api: StripeApi, payment_intent: str) -> str | None:
+    """The invoice that the payment was made for; None where it was for none. Raises StripeAway, StripeRefused."""
+
+    def look(client: stripe.StripeClient) -> str | None:
+        found = client.v1.invoice_payments.list(
+            {"payment": {"type": "payment_intent", "payment_intent": payment_intent}, "limit": 1}
+        )
+        listed = members(found).listed("data")
+        return listed[0].ref("invoice") if listed else None
 
     return await api.call(look)
 

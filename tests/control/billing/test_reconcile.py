@@ -1,6 +1,7 @@
 """Stripe's book against ours: what was missed is applied as if its webhook had come, and what differs is named."""
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -218,7 +219,7 @@ async def test_an_unfinished_order_is_brought_to_its_end(books: Books) -> None:
     books.stripe.checkout.tick()
     for found in books.stripe.events:
         await books.desks.event_ledger.take(books.event(found), outcome="ignored")
-    await books.bank.owner.execute("UPDATE farebox.orders SET created_at = created_at - interval '1 day'")
+    await books.bank.owner.execute("UPDATE farebox.orders SET created_at = created_at - interval '26 hours'")
     report = await books.run()
     assert mended(report, "order") == {str(free.id)}
     assert await books.book(free.account_id) == [("purchase", 1_000)]
@@ -285,3 +286,60 @@ async def test_a_ledger_restored_to_an_earlier_time_learns_what_came_after(books
     report = await books.run()
     assert [(one.id, one.why) for one in report.differences] == [(payment, "in quarantine: unknown_order")]
     assert await books.book(account.id) == []
+
+
+async def test_an_order_that_never_reached_stripe_waits_no_longer(books: Books) -> None:
+    order = await books.desk.order()
+    assert (await books.run()).clean
+    assert (await books.desk.orders.find(order.id)).state == "created"
+    await books.bank.owner.execute("UPDATE farebox.orders SET created_at = created_at - interval '26 hours'")
+    assert (await books.run()).clean
+    assert (await books.desk.orders.find(order.id)).state == "expired"
+
+
+async def test_quarantine_is_named_however_old_it_is(books: Books) -> None:
+    order, _ = await books.bought()
+    await books.run()
+    second = books.stripe.checkout.pay(await books.desk.session(order))
+    await books.run()
+    books.stripe.clock.advance(60 * 86_400)
+    report = await books.run()
+    assert [(one.id, one.why) for one in report.differences] == [(second, "in quarantine: second_payment")]
+
+
+async def test_a_plan_that_was_forgotten_is_credited_once_it_is_sold(books: Books) -> None:
+    account, subscription = await books.subscribed()
+    [(price, plan)] = books.plans.items()
+    books.plans[price] = replace(plan, price=1)
+    invoice = books.stripe.invoices.bill(subscription)
+    report = await books.run()
+    assert [(one.kind, one.id, one.why) for one in report.differences] == [
+        ("invoice", invoice, "in quarantine: other_amount")
+    ]
+    books.stripe.clock.advance(60 * 86_400)
+    books.plans[price] = plan
+    report = await books.run()
+    assert (mended(report, "invoice"), report.clean) == ({invoice}, True)
+    assert await books.book(account) == [("plan", 5_000)]
+    await nothing_left(books)
+
+
+@pytest.mark.parametrize("kind", ["refund", "dispute"])
+async def test_what_goes_back_of_an_invoice_is_taken_though_nobody_told_of_the_invoice(books: Books, kind: str) -> None:
+    account, subscription = await books.subscribed()
+    invoice = books.stripe.invoices.bill(subscription)
+    [payment] = [
+        one["payment"]["payment_intent"]
+        for one in books.stripe.state.all("invoice_payment")
+        if one["invoice"] == invoice
+    ]
+    if kind == "refund":
+        name = books.stripe.refunds.create(payment, 500)["id"]
+        assert await books.desks.refunds.apply(name) == "taken"
+    else:
+        name = books.stripe.disputes.open(payment, 500)
+        assert await books.desks.disputes.apply(name) == "taken"
+    assert await books.book(account) == [("plan", 5_000), (kind, -1_250)]
+    report = await books.run()
+    assert report.clean
+    assert (mended(report, "invoice"), mended(report, kind)) == (set(), set())

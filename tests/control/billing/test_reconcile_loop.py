@@ -1,0 +1,151 @@
+"""Reconciliation by itself: when it is due, one server at a time, and what the metrics are told."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from proxy.control.billing.errors import StripeAway
+from proxy.control.billing.reconcile_loop import SPANS, ReconcileLoop, reconcile_and_note
+from proxy.ledger.connect import Connection, Role, connect
+from proxy.ledger.reconciliation import WINDOWS, LastReconciliation
+from tests.control.billing.books import Books, open_books
+from tests.fakes.stripe import FakeStripe, Unavailable
+from tests.ledger.bank import open_bank
+from tests.postgres import Database
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+async def books(database: Database) -> AsyncIterator[Books]:
+    with FakeStripe() as stripe:
+        async with open_bank(database, size=1) as bank, open_books(bank, stripe) as opened:
+            yield opened
+
+
+class Server:
+    """One of several that reconcile by themselves."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+        self.told: list[dict[str, LastReconciliation]] = []
+        self.heard = asyncio.Event()
+        self.loop = ReconcileLoop(books.reconciler, books.ledger, self._connection, observe=self._observe)
+
+    async def _connection(self) -> Connection:
+        return await connect(self.books.bank.database.app, Role.CONTROL)
+
+    def _observe(self, last: Mapping[str, LastReconciliation]) -> None:
+        self.told.append(dict(last))
+        self.heard.set()
+
+    async def pass_time(self, by: timedelta) -> None:
+        """As if it were so much later."""
+        await self.books.bank.owner.execute(
+            "UPDATE farebox.reconciliations SET finished_at = finished_at - $1::interval", by
+        )
+
+
+def listings(books: Books) -> int:
+    """How often payments were listed from the beginning: how often the books were compared."""
+    listed = [one for one in books.stripe.asked if one.name == "GET /v1/payment_intents"]
+    return sum("starting_after" not in one.params for one in listed)
+
+
+def test_the_spans_are_those_that_the_ledger_knows() -> None:
+    assert set(SPANS) == set(WINDOWS)
+
+
+async def test_hourly_over_days_and_daily_over_a_month(books: Books) -> None:
+    server = Server(books)
+    await server.loop.round()
+    assert listings(books) == 1
+    # A month's covers three days.
+    assert set(server.told[-1]) == {"month", "recent"}
+    await server.loop.round()
+    assert listings(books) == 1
+    await server.pass_time(HOUR)
+    await server.loop.round()
+    await server.loop.round()
+    assert listings(books) == 2
+    assert server.told[-1]["recent"].finished_at - server.told[-1]["month"].finished_at >= HOUR
+    await server.pass_time(timedelta(days=1))
+    await server.loop.round()
+    await server.loop.round()
+    assert listings(books) == 3
+
+
+async def test_several_servers_compare_once(books: Books) -> None:
+    servers = [Server(books) for _ in range(4)]
+    order, _ = await books.bought()
+    await asyncio.gather(*(server.loop.round() for server in servers))
+    assert listings(books) == 1
+    assert await books.book(order.account_id) == [("purchase", 1_000)]
+    for server in servers:
+        await server.loop.round()
+        assert server.told[-1]["recent"].differing == 0
+    assert listings(books) == 1
+
+
+async def test_while_another_is_at_it_nothing_is_compared(books: Books) -> None:
+    server = Server(books)
+    holder = await connect(books.bank.database.app, Role.CONTROL)
+    assert await holder.fetchval("SELECT pg_try_advisory_lock($1)", 0x6661_7265_626F_7802)
+    await server.loop.round()
+    assert listings(books) == 0
+    # Whoever dies gives it free.
+    holder.terminate()
+    async with asyncio.timeout(10):
+        while listings(books) == 0:
+            await server.loop.round()
+
+
+async def test_what_differs_is_told_until_it_is_gone(books: Books) -> None:
+    server = Server(books)
+    order, _ = await books.bought()
+    await server.loop.round()
+    clean_at = server.told[-1]["recent"].clean_at
+    assert clean_at is not None
+    books.stripe.checkout.pay(await books.desk.session(order))
+    await server.pass_time(HOUR)
+    await server.loop.round()
+    told = server.told[-1]["recent"]
+    assert (told.differing, told.clean_at) == (1, clean_at)
+
+
+async def test_where_stripe_is_away_it_is_due_still(books: Books) -> None:
+    server = Server(books)
+    books.stripe.faults.on("GET /v1/payment_intents", Unavailable())
+    with pytest.raises(StripeAway):
+        await server.loop.round()
+    await server.loop.round()
+    assert listings(books) == 2
+    assert set(server.told[-1]) == {"month", "recent"}
+
+
+async def test_the_loop_outlives_what_goes_wrong(books: Books) -> None:
+    server = Server(books)
+    books.stripe.faults.on("GET /v1/events", Unavailable(), times=3)
+    loop = ReconcileLoop(books.reconciler, books.ledger, server._connection, observe=server._observe, look_seconds=0.01)
+    loop.start()
+    async with asyncio.timeout(30):
+        await server.heard.wait()
+    await loop.stop()
+    assert len(books.stripe.faults.hit) == 3
+
+
+@pytest.mark.parametrize(
+    ("back", "noted"),
+    [
+        (timedelta(hours=1), []),
+        (timedelta(hours=72), ["recent"]),
+        (timedelta(days=29), ["recent"]),
+        (timedelta(days=30), ["month", "recent"]),
+    ],
+    ids=str,
+)
+async def test_a_command_counts_for_what_it_covers(books: Books, back: timedelta, noted: list[str]) -> None:
+    await reconcile_and_note(books.reconciler, books.ledger, datetime.now(UTC) - back)
+    assert sorted(await books.ledger.last()) == noted
