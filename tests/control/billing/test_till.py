@@ -1,8 +1,16 @@
 """The till: what Stripe says of a payment, held against our order, over a real ledger and the real Stripe client."""
 
 import asyncio
+from dataclasses import replace
+from typing import Any
 
+import pytest
+
+from proxy.control.billing.errors import StripeAway
+from proxy.control.billing.till import ACCOUNT_KEY, ORDER_KEY
+from proxy.ledger.orders import Order
 from tests.control.billing.till import Desk
+from tests.fakes.stripe import Unavailable
 
 
 async def test_a_paid_session_credits_once_however_it_is_named(desk: Desk) -> None:
@@ -71,3 +79,153 @@ async def test_what_isnt_ours_is_left_alone(desk: Desk) -> None:
     assert (await desk.till.apply_payment(payment_intent="pi_nobodys")).outcome == "not_ours"
     assert (await desk.till.apply_payment(session_id="cs_nobodys")).outcome == "not_ours"
     assert await desk.balance(order) == 0
+
+
+async def test_a_payment_that_names_anothers_account_waits(desk: Desk) -> None:
+    order, other = await desk.order(), await desk.order()
+    metadata = {ORDER_KEY: str(order.id), ACCOUNT_KEY: str(other.account_id)}
+    session = await desk.session(order, metadata=metadata, payment_intent_data={"metadata": metadata})
+    desk.stripe.checkout.pay(session)
+    applied = await desk.till.apply_payment(session_id=session)
+    assert (applied.outcome, applied.reason) == ("quarantined", "other_account")
+    assert [await desk.balance(each) for each in (order, other)] == [0, 0]
+
+
+async def test_a_payment_link_that_points_at_an_order_waits(desk: Desk) -> None:
+    """Whoever opens a payment link of the operator's chooses its client_reference_id: it must prove nothing."""
+    order = await desk.order()
+    session = await desk.session(order, metadata={}, payment_intent_data={})
+    desk.stripe.checkout.pay(session)
+    applied = await desk.till.apply_payment(session_id=session)
+    assert (applied.outcome, applied.reason) == ("quarantined", "not_named")
+    assert await desk.balance(order) == 0
+
+
+async def test_a_session_whose_payment_names_another_order_waits(desk: Desk) -> None:
+    order, other = await desk.order(), await desk.order()
+    metadata = {ORDER_KEY: str(other.id), ACCOUNT_KEY: str(other.account_id)}
+    session = await desk.session(order, payment_intent_data={"metadata": metadata})
+    intent = desk.stripe.checkout.pay(session)
+    applied = await desk.till.apply_payment(payment_intent=intent)
+    assert (applied.outcome, applied.reason) == ("quarantined", "not_named")
+    assert [await desk.balance(each) for each in (order, other)] == [0, 0]
+
+
+async def test_a_payment_by_hand_under_an_orders_name_waits(desk: Desk) -> None:
+    order = await desk.order()
+    intent = await a_bare_payment(desk, order)
+    applied = await desk.till.apply_payment(payment_intent=intent)
+    assert (applied.outcome, applied.reason) == ("quarantined", "no_session")
+    assert await desk.balance(order) == 0
+
+
+async def test_an_automatic_orders_payment_needs_no_session(desk: Desk) -> None:
+    order = await desk.order(kind="auto")
+    intent = await a_bare_payment(desk, order)
+    assert (await desk.till.apply_payment(payment_intent=intent)).outcome == "paid"
+    assert await desk.balance(order) == 1000
+
+
+async def test_an_amount_that_isnt_the_orders_waits(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(replace(order, price=1))
+    desk.stripe.checkout.pay(session)
+    applied = await desk.till.apply_payment(session_id=session)
+    assert (applied.outcome, applied.reason) == ("quarantined", "other_amount")
+
+
+async def test_a_discount_that_nobody_allowed_waits(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(order)
+    desk.stripe.checkout.pay(session, discount=1)
+    applied = await desk.till.apply_payment(session_id=session)
+    assert (applied.outcome, applied.reason) == ("quarantined", "discount")
+
+
+async def test_a_second_session_of_one_order_waits_once_the_first_is_paid(desk: Desk) -> None:
+    order = await desk.order()
+    first, second = await desk.session(order), await desk.session(order)
+    for session in (first, second):
+        desk.stripe.checkout.pay(session)
+    assert (await desk.till.apply_payment(session_id=second)).outcome == "paid"
+    applied = await desk.till.apply_payment(session_id=first)
+    assert (applied.outcome, applied.reason) == ("quarantined", "second_payment")
+    assert await desk.balance(order) == 1000
+
+
+async def test_a_declined_card_leaves_the_page_open(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(order)
+    intent = desk.stripe.checkout.decline(session)
+    assert (await desk.till.apply_payment(payment_intent=intent)).outcome == "open"
+    assert (await desk.orders.find(order.id)).state == "created"
+    desk.stripe.checkout.pay(session)
+    assert (await desk.till.apply_payment(payment_intent=intent)).outcome == "paid"
+
+
+async def test_what_comes_late_still_counts(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(order)
+    desk.stripe.checkout.pay_later(session)
+    await desk.orders.advance(order.id, "expired")
+    desk.stripe.checkout.settle(session)
+    assert (await desk.till.apply_payment(session_id=session)).outcome == "paid"
+    assert await desk.balance(order) == 1000
+
+
+async def test_a_stale_look_undoes_nothing(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(order)
+    desk.stripe.checkout.pay_later(session)
+    stale = await desk.api.session(session)
+    desk.stripe.checkout.settle(session)
+    assert (await desk.till.apply_payment(session_id=session)).outcome == "paid"
+    assert (await desk.till.apply_session(stale)).outcome == "known"
+    assert (await desk.orders.find(order.id)).state == "paid"
+
+
+async def test_an_order_that_nobody_was_sent_to_pay_expires(desk: Desk) -> None:
+    order = await desk.order()
+    assert (await desk.till.apply_payment(order.id)).outcome == "open"
+    await desk.bank.owner.execute(
+        "UPDATE farebox.orders SET created_at = created_at - interval '25 hours' WHERE id = $1", order.id
+    )
+    assert (await desk.till.apply_payment(order.id)).outcome == "expired"
+    assert (await desk.orders.find(order.id)).state == "expired"
+
+
+async def test_an_order_of_the_other_mode_is_left_alone(desk: Desk) -> None:
+    order = await desk.order(livemode=True)
+    assert (await desk.till.apply_payment(order.id)).outcome == "not_ours"
+
+
+async def test_what_was_shown_in_another_currency_is_credited_as_ours(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(order, adaptive_pricing={"enabled": True})
+    desk.stripe.checkout.pay(session, presentment=(950, "eur"))
+    assert (await desk.till.apply_payment(session_id=session)).outcome == "paid"
+    assert (await desk.orders.find(order.id)).currency == "usd"
+
+
+async def test_stripe_away_leaves_everything_for_another_time(desk: Desk) -> None:
+    order = await desk.order()
+    session = await desk.session(order)
+    desk.stripe.checkout.pay(session)
+    desk.stripe.faults.on("GET /v1/checkout/sessions/*", Unavailable())
+    with pytest.raises(StripeAway):
+        await desk.till.apply_payment(session_id=session)
+    assert await desk.balance(order) == 0
+    assert (await desk.till.apply_payment(session_id=session)).outcome == "paid"
+
+
+async def a_bare_payment(desk: Desk, order: Order) -> str:
+    """A PaymentIntent that no session made, paid: its id."""
+    params: Any = {
+        "amount": order.price,
+        "currency": order.currency,
+        "confirm": True,
+        "payment_method": "pm_card_visa",
+        "automatic_payment_methods": {"enabled": True, "allow_redirects": "never"},
+        "metadata": {ORDER_KEY: str(order.id), ACCOUNT_KEY: str(order.account_id)},
+    }
+    return await desk.api.call(lambda client: client.v1.payment_intents.create(params).id)
