@@ -3283,12 +3283,12 @@ CREATE FUNCTION farebox.ordered_anew(_sold farebox.orders, _held farebox.quarant
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    price bigint := CASE
+    asked bigint := CASE
         WHEN _held.currency = _sold.currency THEN _sold.price ELSE greatest(coalesce(_held.subtotal, _held.received), 1)
     END;
 BEGIN
     IF _sold.state <> 'paid' THEN
-        UPDATE farebox.orders AS o SET currency = _held.currency, price = ordered_anew.price WHERE o.id = _sold.id;
+        UPDATE farebox.orders AS o SET currency = _held.currency, price = asked WHERE o.id = _sold.id;
         RETURN _sold.id;
     END IF;
     INSERT INTO farebox.orders (
@@ -3296,7 +3296,7 @@ BEGIN
         livemode, actor, customer
     ) VALUES (
         _new_id, _sold.account_id, 'checkout', _sold.pack, _sold.credits, _sold.bonus, _sold.credits_seconds,
-        _sold.bonus_seconds, _held.currency, price, _sold.discount_max, _sold.livemode, _sold.actor, _sold.customer
+        _sold.bonus_seconds, _held.currency, asked, _sold.discount_max, _sold.livemode, _sold.actor, _sold.customer
     );
     RETURN _new_id;
 END
