@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute
 from proxy.control.account import Authenticate
 from proxy.control.admin import AdminToken
 from proxy.control.billing.admin_refunds import refund_routes
-from proxy.control.billing.auto_settings import AutoSettings, auto_topup_routes, offer_of
+from proxy.control.billing.auto_settings import AutoSettings, admin_auto_topup_routes, auto_topup_routes, offer_of
 from proxy.control.billing.autotopup import AutoTopups
 from proxy.control.billing.checkout import Checkout, CheckoutTerms
 from proxy.control.billing.desks import Desks, open_desks, open_reconciler
@@ -29,6 +29,7 @@ from proxy.control.billing.resume_refunds import RefundResumer
 from proxy.control.billing.routes import billing_routes
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.webhooks import WebhookEndpoint, webhook_routes
+from proxy.control.operations import Operations
 from proxy.core.packs import Offers
 from proxy.core.return_urls import ReturnUrls
 from proxy.gateway.ids import new_request_id
@@ -55,6 +56,7 @@ class Billing:
     auto_topup: AutoSettings
     webhooks: WebhookEndpoint
     refunder: Refunder
+    operations: Operations
 
     def routes(
         self, authenticate: Authenticate, reader: AccountReader, token: AdminToken | None
@@ -66,6 +68,7 @@ class Billing:
             *auto_topup_routes(authenticate, self.auto_topup),
             *page_routes(),
             *(refund_routes(token, self.refunder) if token else ()),
+            *(admin_auto_topup_routes(token, self.operations, self.auto_topup) if token else ()),
         ]
 
 
@@ -117,7 +120,9 @@ async def open_billing(
         metrics=metrics,
     )
     refunder = Refunder(desks.orders, desks.refund_requests, desks.refunds, livemode=api.livemode)
-    return Billing(desks, checkout, auto_topup, endpoint, refunder)
+    # Accounts are found, and no keys are made here.
+    operations = Operations(ControlLedger(pool), peppers=None)
+    return Billing(desks, checkout, auto_topup, endpoint, refunder, operations)
 
 
 def _checkout(settings: Settings, desks: Desks, pool: Pool, offers: Callable[[], Offers]) -> Checkout:

@@ -1,11 +1,13 @@
-"""Self-service: what a key asks for its account to be bought without anybody asking.
+"""What an account buys without anybody asking: said by a key for its own account, or by the operator for any.
 
     GET    /v1/billing/auto_topup    what is set, and how it stands
     PUT    /v1/billing/auto_topup    {"pack", "threshold", "monthly_max"}; what stood in the way is forgotten
     DELETE /v1/billing/auto_topup    no more attempts
 
-To change it needs the scope ``billing``; to look, that or ``read``. The pack's credits and price are kept as they are
-now: one that has become worse isn't bought before its owner has agreed again.
+    GET, PUT, DELETE /admin/v1/accounts/{account}/auto_topup    the same, with the admin token
+
+To change it a key needs the scope ``billing``; to look, that or ``read``. The pack's credits and price are kept as they
+are now: one that has become worse isn't bought before its owner has agreed again.
 """
 
 from collections.abc import Awaitable, Callable
@@ -17,7 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from proxy.control.admin import AdminToken, admin_actor
 from proxy.control.fields import query_fields, receive_fields
+from proxy.control.operations import Operations
 from proxy.control.refusals import ledger_refusals
 from proxy.control.views import View, time_text
 from proxy.core.currencies import CurrencyError, format_amount, parse_money
@@ -28,7 +32,9 @@ from proxy.ledger.autotopups import AutoTopup, AutoTopupLedger, Offer, Wanted
 from proxy.ledger.orders import OrderLedger
 from proxy.ledger.records import ApiKey
 
-__all__ = ["AutoSettings", "Wish", "auto_topup_routes", "auto_topup_view", "offer_of"]
+__all__ = ["AutoSettings", "Wish", "admin_auto_topup_routes", "auto_topup_routes", "auto_topup_view", "offer_of"]
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 _PRIVATE = {"cache-control": "private, no-store"}
 
@@ -133,14 +139,7 @@ def auto_topup_routes(authenticate: Callable[[Request], Awaitable[ApiKey]], sett
 
     async def put(request: Request) -> Response:
         key = await buyer(request)
-        body = await receive_fields(request)
-        wish = Wish(
-            pack=body.required_text("pack"),
-            threshold=body.required_amount("threshold"),
-            monthly_max=body.required_text("monthly_max"),
-        )
-        body.done()
-        return _answer(await settings.set(key.account_id, wish, actor=f"key:{key.id}"))
+        return _answer(await settings.set(key.account_id, await _wish(request), actor=f"key:{key.id}"))
 
     async def delete(request: Request) -> Response:
         key = await buyer(request)
@@ -153,12 +152,31 @@ def auto_topup_routes(authenticate: Callable[[Request], Awaitable[ApiKey]], sett
             raise Forbidden("This API key doesn't have the scope billing.", code="insufficient_scope")
         return key
 
-    by_method = {"GET": show, "HEAD": show, "PUT": put, "DELETE": delete}
+    return [_route("/v1/billing/auto_topup", show, put, delete)]
 
-    async def endpoint(request: Request) -> Response:
-        return await by_method[request.method](request)
 
-    return [Route("/v1/billing/auto_topup", endpoint, methods=list(by_method))]
+def admin_auto_topup_routes(token: AdminToken, operations: Operations, settings: AutoSettings) -> list[BaseRoute]:
+    """The operator's."""
+
+    async def account(request: Request) -> UUID:
+        token.check(request)
+        return (await operations.account(request.path_params["account"], by_name=False)).id
+
+    async def show(request: Request) -> Response:
+        found = await account(request)
+        query_fields(request).done()
+        return _answer(await settings.show(found))
+
+    async def put(request: Request) -> Response:
+        found = await account(request)
+        return _answer(await settings.set(found, await _wish(request), actor=admin_actor(request)))
+
+    async def delete(request: Request) -> Response:
+        found = await account(request)
+        query_fields(request).done()
+        return _answer(await settings.stop(found, actor=admin_actor(request)))
+
+    return [_route("/admin/v1/accounts/{account}/auto_topup", show, put, delete)]
 
 
 def auto_topup_view(found: AutoTopup | None) -> View:
@@ -199,6 +217,26 @@ def offer_of(pack: Pack | None) -> Offer | None:
         currency=pack.currency,
         price=pack.price,
     )
+
+
+def _route(path: str, show: Endpoint, put: Endpoint, delete: Endpoint) -> Route:
+    by_method = {"GET": show, "HEAD": show, "PUT": put, "DELETE": delete}
+
+    async def endpoint(request: Request) -> Response:
+        return await by_method[request.method](request)
+
+    return Route(path, endpoint, methods=list(by_method))
+
+
+async def _wish(request: Request) -> Wish:
+    body = await receive_fields(request)
+    wish = Wish(
+        pack=body.required_text("pack"),
+        threshold=body.required_amount("threshold"),
+        monthly_max=body.required_text("monthly_max"),
+    )
+    body.done()
+    return wish
 
 
 def _state(found: AutoTopup) -> str:

@@ -1288,7 +1288,9 @@ BEGIN
     UPDATE farebox.auto_topups AS t
        SET problem = _problem, blocked_until = _until, changed_at = clock_timestamp()
      WHERE t.account_id = _account_id;
-    PERFORM farebox.tell('account.auto_topup_failed', _account_id, NULL, jsonb_build_object(
+    PERFORM farebox.tell('account.auto_topup_failed', _account_id, concat_ws(
+        ':', _account_id, _problem, (clock_timestamp() AT TIME ZONE 'UTC')::date
+    ), jsonb_build_object(
         'order', NULL, 'pack', t.pack, 'reason', _problem, 'checkout_url', NULL,
         'next_attempt_at', CASE WHEN isfinite(_until) THEN farebox.time_text(_until) END
     )) FROM farebox.auto_topups t WHERE t.account_id = _account_id;

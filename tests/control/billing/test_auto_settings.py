@@ -9,7 +9,9 @@ import httpx2
 import pytest
 from starlette.requests import Request
 
-from proxy.control.billing.auto_settings import AutoSettings, auto_topup_routes
+from proxy.control.admin import AdminToken
+from proxy.control.billing.auto_settings import AutoSettings, admin_auto_topup_routes, auto_topup_routes
+from proxy.control.operations import Operations
 from proxy.core.errors import Unauthenticated
 from proxy.core.packs import Offers, Pack
 from proxy.ledger.autotopups import AutoTopupLedger
@@ -17,7 +19,7 @@ from proxy.ledger.orders import OrderLedger
 from proxy.ledger.records import ApiKey
 from tests.control.billing.shop import PACK, Shop
 from tests.control.billing.till import Desk
-from tests.control.conftest import client_of
+from tests.control.conftest import ADMIN_TOKEN, client_of
 from tests.ledger.bank import Bank
 
 PATH = "/v1/billing/auto_topup"
@@ -151,6 +153,26 @@ async def test_409_where_taxes_are_computed(bank: Bank, shop: Shop) -> None:
     async with client_on(bank, automatic_tax=True) as client:
         answer = await client.put(PATH, json=WISH, headers=await key_of(bank, account))
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "auto_topup_unavailable")
+
+
+async def test_the_operator_does_the_same_for_any_account(bank: Bank, shop: Shop) -> None:
+    pool, account = bank.control._pool, await shop.account()
+    settings = AutoSettings(AutoTopupLedger(pool), OrderLedger(pool), lambda: Offers(packs=PACKS), livemode=False)
+    path = f"/admin/v1/accounts/{account}/auto_topup"
+    routes = admin_auto_topup_routes(AdminToken(ADMIN_TOKEN), Operations(bank.control, None), settings)
+    async with client_of(routes) as client:
+        for method in ("GET", "PUT", "DELETE"):
+            answer = await client.request(method, path, json=WISH if method == "PUT" else None)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_admin_token")
+        client.headers |= {"authorization": f"Bearer {ADMIN_TOKEN}", "x-farebox-actor": "ann"}
+        made = await client.put(path, json=WISH)
+        assert (made.status_code, made.json()["state"]) == (200, "ready")
+        assert (await client.get(path)).json() == made.json()
+        assert (await client.put(path, json=WISH | {"pack": "none"})).status_code == 400
+        assert (await client.delete(path)).json()["state"] == "off"
+        assert (await client.get("/admin/v1/accounts/nobody/auto_topup")).status_code == 404
+    actor = await bank.owner.fetchval("SELECT actor FROM farebox.auto_topups WHERE account_id = $1", account)
+    assert actor == "admin:ann"
 
 
 async def test_403_without_the_scope(bank: Bank, shop: Shop, client: httpx2.AsyncClient) -> None:

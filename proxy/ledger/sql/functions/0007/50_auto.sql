@@ -49,14 +49,17 @@ LANGUAGE sql STABLE AS $$
        AND o.created_at >= date_trunc('month', clock_timestamp(), 'UTC')
 $$;
 
--- Nothing is attempted until then; told once, since who is blocked isn't judged again. The caller has locked the row.
+-- Nothing is attempted until then. Told once a day: settings that are made anew begin anew, as often as anybody likes.
+-- The caller has locked the row.
 CREATE FUNCTION farebox.block_auto_topup(_account_id uuid, _problem text, _until timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE farebox.auto_topups AS t
        SET problem = _problem, blocked_until = _until, changed_at = clock_timestamp()
      WHERE t.account_id = _account_id;
-    PERFORM farebox.tell('account.auto_topup_failed', _account_id, NULL, jsonb_build_object(
+    PERFORM farebox.tell('account.auto_topup_failed', _account_id, concat_ws(
+        ':', _account_id, _problem, (clock_timestamp() AT TIME ZONE 'UTC')::date
+    ), jsonb_build_object(
         'order', NULL, 'pack', t.pack, 'reason', _problem, 'checkout_url', NULL,
         'next_attempt_at', CASE WHEN isfinite(_until) THEN farebox.time_text(_until) END
     )) FROM farebox.auto_topups t WHERE t.account_id = _account_id;
