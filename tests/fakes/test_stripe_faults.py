@@ -72,19 +72,18 @@ def test_a_key_of_one_mode_is_nothing_in_the_other(fake: FakeStripe, client: str
 
 
 def test_a_key_in_use_is_a_conflict(fake: FakeStripe, client: stripe.StripeClient) -> None:
-    begun, end = threading.Event(), threading.Event()
-    fake.faults.on(CREATE, Hold(end, after=True))
-    fake.state.on_event.append(lambda event: begun.set() if event["type"] == "payment_intent.succeeded" else None)
+    hold = Hold(threading.Event(), after=True)
+    fake.faults.on(CREATE, hold)
     with ThreadPoolExecutor(1) as pool:
         first: Future[stripe.PaymentIntent] = pool.submit(pay, client, "k")
-        assert begun.wait(20)
+        assert hold.reached.wait(20)
         with pytest.raises(stripe.APIError) as caught:
             pay(client, "k")
         assert caught.value.http_status == 409
         assert caught.value.error is not None
         assert caught.value.error.code == "idempotency_key_in_use"
         assert len(fake.payments.charges()) == 1
-        end.set()
+        hold.until.set()
         paid = first.result().id
     assert pay(client, "k").id == paid
 

@@ -1,6 +1,6 @@
 """`make chaos`: what `make test` does in small, done for an hour, with a table of what was tried and what was found.
 
-    python -m tests.faults.chaos [--kills 1000] [--restarts 200] [--seed N] [--only NAME ...]
+    python -m tests.faults.chaos [--kills 1000] [--restarts 200] [--lives 5040] [--seed N] [--only NAME ...]
 
 The seed is printed first and decides every choice made here; what the machine does meanwhile it can't decide. The exit
 status is 1 where anything was found.
@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxy.local.postgres import ClusterAddress
+from tests.control.billing.lives import MANNERS, ORDERS, at_once, lived, troubled
+from tests.control.billing.lives_scene import open_scene as open_purchases
+from tests.fakes.stripe import FakeStripe
 from tests.faults.drive import die_and_recover
 from tests.faults.judge import judge
 from tests.faults.nursery import running_nursery
@@ -41,6 +44,7 @@ POINTS_AT_ONCE = 4
 READERS = 1_000
 SLOW_CONNECTIONS = 2_000
 STOPPED_SECONDS = 60.0
+LIVES_A_ROUND = 504
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Chaos:
     seed: int
     kills: int
     restarts: int
+    lives: int
 
     async def failpoints(self) -> Row:
         """Each point, each on a ledger of its own."""
@@ -156,6 +161,25 @@ class Chaos:
         row.noted = "" if row.wrongs else "every hold swept at its mark, then trued up to what was delivered"
         return row
 
+    async def living(self) -> Row:
+        """Purchases whose webhooks come in every order: one by one, eight at once, and overtaken by others."""
+        row = Row("purchases", f"{self.lives} orders of webhooks, in {len(MANNERS)} manners")
+        numbers, asked, attempts = range(0, ORDERS, max(ORDERS // self.lives, 1)), 0, 0
+        with fresh_database(self.address) as database:
+            for number, manner in enumerate(MANNERS):
+                for begin in range(0, len(numbers), LIVES_A_ROUND):
+                    with FakeStripe() as stripe:
+                        async with open_purchases(database, stripe) as scene:
+                            if manner is at_once:
+                                troubled(stripe, self.seed)
+                            part = numbers[begin : begin + LIVES_A_ROUND]
+                            row.wrongs += await lived(scene, manner, part, seed=self.seed)
+                            row.wrongs += await scene.audit()
+                        asked, attempts = asked + len(stripe.asked), attempts + len(stripe.courier.attempts)
+                    say(f"  {number * len(numbers) + begin + len(part)} lives: {len(row.wrongs)} wrong")
+        row.noted = f"{len(MANNERS) * len(numbers)} lives, {attempts} webhooks, {asked} requests to Stripe"
+        return row
+
     def _place(self, name: str) -> Path:
         place = self.directory / name
         place.mkdir()
@@ -169,6 +193,7 @@ TRIALS: dict[str, Callable[[Chaos], Awaitable[Row]]] = {
     "readers": Chaos.reading_slowly,
     "slowloris": Chaos.asking_slowly,
     "stops": Chaos.stopping,
+    "purchases": Chaos.living,
 }
 
 
@@ -214,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--restarts", type=int, default=200)
+    parser.add_argument("--lives", type=int, default=ORDERS)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
     given = parser.parse_args()
@@ -223,7 +249,7 @@ def main() -> None:
     directory.chmod(0o755)
     try:
         with running_cluster(run_id) as address:
-            chaos = Chaos(address, directory, given.seed, given.kills, given.restarts)
+            chaos = Chaos(address, directory, given.seed, given.kills, given.restarts, given.lives)
             rows = asyncio.run(run(chaos, given.only))
     finally:
         remove_cluster(run_id)

@@ -213,6 +213,7 @@ async def _wait(fault: Delay | Hold) -> None:
     if isinstance(fault, Delay):
         await asyncio.sleep(fault.seconds)
         return
+    fault.reached.set()
     # A thread's event: it is the test's to set, from whatever thread that runs in.
     while not fault.until.is_set():  # noqa: ASYNC110
         await asyncio.sleep(POLL_SECONDS)

@@ -103,6 +103,11 @@ class Checkout:
             self._payments.fail(intent, "decline")
             return str(intent["id"])
 
+    def expire(self, session: str) -> None:
+        """Nobody pays before the page's time is over."""
+        with self._state.lock:
+            self._expired(self._state.find(session))
+
     def tick(self) -> None:
         """Sessions whose time is over expire, as they do by themselves at Stripe."""
         with self._state.lock:

@@ -8,7 +8,7 @@ import fnmatch
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
     "Delay", "ErrorAfter", "ErrorBefore", "Fault", "Faults", "Hold", "LostReply", "LostRequest",
@@ -57,10 +57,11 @@ class Delay:
 
 @dataclass(frozen=True)
 class Hold:
-    """As a delay, until a test sets the event."""
+    """As a delay, until a test sets the event. ``reached`` is set when it has begun."""
 
     until: threading.Event
     after: bool = False
+    reached: threading.Event = field(default_factory=threading.Event, compare=False)
 
 
 Fault = Hold | Unavailable | ErrorBefore | ErrorAfter | LostRequest | LostReply | RateLimited | Delay
@@ -81,15 +82,16 @@ class Faults:
         self._said: list[_Said] = []
         self._random: random.Random | None = None
         self._chance = 0.0
+        self._pattern = "*"
         self._among: Sequence[Fault] = ()
 
     def on(self, pattern: str, fault: Fault, times: int = 1) -> None:
         """The next requests of this name meet it: ``POST /v1/refunds``, or with * ``GET /v1/checkout/sessions/*``."""
         self._said.append(_Said(pattern, fault, times))
 
-    def seeded(self, seed: int, chance: float, among: Sequence[Fault]) -> None:
-        """From now on each request meets one of them with this chance."""
-        self._random, self._chance, self._among = random.Random(seed), chance, among
+    def seeded(self, seed: int, chance: float, among: Sequence[Fault], *, pattern: str = "*") -> None:
+        """From now on each request of such a name meets one of them with this chance."""
+        self._random, self._chance, self._among, self._pattern = random.Random(seed), chance, among, pattern
 
     def clear(self) -> None:
         self._said.clear()
@@ -107,6 +109,6 @@ class Faults:
             if said.times > 0 and fnmatch.fnmatchcase(name, said.pattern):
                 said.times -= 1
                 return said.fault
-        if self._random is not None and self._random.random() < self._chance:
-            return self._random.choice(self._among)
-        return None
+        if self._random is None or not fnmatch.fnmatchcase(name, self._pattern):
+            return None
+        return self._random.choice(self._among) if self._random.random() < self._chance else None
