@@ -4,6 +4,10 @@ spent through the OpenAI SDK, a part of the payment is given back, and the books
 One Farebox on a real socket, a real PostgreSQL, the real stripe client, and a Stripe and a provider of our own.
 """
 
+import asyncio
+import json
+import os
+import sys
 from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +24,7 @@ from tests.fakes.stripe import FakeStripe
 from tests.fakes.upstream import ScriptedUpstream, chat_answer, whole
 from tests.postgres import Database
 
+ROOT = Path(__file__).parents[2]
 PACKS = """\
 packs:
   starter:
@@ -89,6 +94,22 @@ async def tell(fake: FakeStripe, seed: int) -> None:
     assert {attempt.status for attempt in delivered} == {200}
 
 
+async def command(shop: Proxy, fake: FakeStripe, *words: str) -> Any:
+    """What the command answers, run as an operator does beside the server: a process of its own."""
+    variables = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "DATABASE_URL": shop.database.app,
+        "FAREBOX_STRIPE_KEY": fake.key,
+        "FAREBOX_STRIPE_URL": fake.url,
+    }
+    arguments = (sys.executable, "-m", "proxy.cli", *words, "--json")
+    process = await asyncio.create_subprocess_exec(*arguments, env=variables, stdout=asyncio.subprocess.PIPE)
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    return json.loads(said)
+
+
 async def test_bought_told_spent_and_partly_refunded(shop: Proxy, fake: FakeStripe) -> None:
     customer = await shop.account(credits=0, scopes=frozenset({"inference", "read", "billing"}))
     with pytest.raises(openai.APIStatusError) as refused:
@@ -119,20 +140,27 @@ async def test_bought_told_spent_and_partly_refunded(shop: Proxy, fake: FakeStri
     assert hold["charge"] == 25_000
     assert await credits_of(customer) == Decimal("54.975")
 
-    # A fifth of the payment goes back, and with it a fifth of what it brought.
+    # A fifth of the payment goes back by Stripe's dashboard, and with it a fifth of what it brought.
     fake.refunds.create(intent, 238)
     await tell(fake, 2)
     assert await credits_of(customer) == Decimal("43.975")
     assert await ask(customer) == "Hello."
     await customer.ended(2)
     assert await credits_of(customer) == Decimal("43.95")
-    book = await shop.http.get("/transactions", headers=customer.headers)
-    assert sorted(line["kind"] for line in book.json()["data"]) == [
-        "charge",
-        "charge",
-        "promo",
-        "purchase",
-        "refund",
-        "refund",
-    ]
+
+    # And another fifth by the command, which knows what it did before Stripe tells of it.
+    refund = await command(shop, fake, "refund", intent, "--amount", "2.38", "--ref", "case-7")
+    assert (refund["state"], refund["amount"], refund["currency"].upper()) == ("done", "2.38", "USD")
+    assert await credits_of(customer) == Decimal("32.95")
+    assert await command(shop, fake, "refund", intent, "--amount", "2.38", "--ref", "case-7") == refund
+    await tell(fake, 3)
+    assert await credits_of(customer) == Decimal("32.95")
+    assert fake.object(fake.object(intent)["latest_charge"])["amount_refunded"] == 476
+
+    book = (await shop.http.get("/transactions", headers=customer.headers)).json()["data"]
+    moved = [(line["kind"], Decimal(line["amount"])) for line in reversed(book)]
+    assert sorted(moved[:2]) == [("promo", Decimal(5)), ("purchase", Decimal(50))]
+    assert [kind for kind, _ in moved[2:]] == ["charge", "refund", "refund", "charge", "refund", "refund"]
+    assert sum(amount for _, amount in moved) == Decimal("32.95")
+    assert (await command(shop, fake, "stripe", "events", "--unprocessed"))["data"] == []
     await shop.audit()
