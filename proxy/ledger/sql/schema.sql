@@ -204,6 +204,8 @@ DECLARE
     request farebox.refund_requests;
     rank integer := farebox.refund_rank(_status);
     stands boolean := rank < 3;
+    news boolean;
+    held boolean := false;
 BEGIN
     moved := 0;
     PERFORM farebox.lock_reference('refund', _refund_id);
@@ -233,18 +235,19 @@ BEGIN
       FROM farebox.refund_requests r
      WHERE r.id = _request_id AND r.order_id = sold.id AND r.amount = _amount AND r.state = 'held';
     IF request.id IS NOT NULL THEN
-        PERFORM farebox.end_refund_request(
+        held := farebox.end_refund_request(
             request, CASE WHEN stands THEN 'done' ELSE 'released' END, _refund_id, coalesce(_problem, _status)
         );
     END IF;
-    IF coalesce(known.active, false) <> stands THEN
+    news := coalesce(known.active, false) <> stands;
+    IF news THEN
         moved := farebox.settle_takings(
             sold.id, 'refund', _refund_id, stands, coalesce(request.reason, 'refund of order ' || sold.id),
-            CASE WHEN stands THEN coalesce(request.credits, 0) ELSE 0 END,
-            CASE WHEN stands THEN coalesce(request.bonus, 0) ELSE 0 END
+            CASE WHEN stands AND held THEN request.credits ELSE 0 END,
+            CASE WHEN stands AND held THEN request.bonus ELSE 0 END
         );
     END IF;
-    IF request.id IS NOT NULL AND NOT (stands AND known.active IS NOT TRUE) THEN
+    IF held AND NOT (stands AND news) THEN
         PERFORM farebox.free_hold(request);
     END IF;
     outcome := CASE WHEN moved > 0 THEN 'taken' WHEN moved < 0 THEN 'returned' ELSE 'known' END;
@@ -2084,30 +2087,32 @@ CREATE TABLE farebox.refund_requests (
     CONSTRAINT refund_requests_state_check CHECK ((state = ANY (ARRAY['held'::text, 'done'::text, 'released'::text])))
 );
 
-CREATE FUNCTION farebox.end_refund_request(_request farebox.refund_requests, _state text, _refund_id text, _problem text) RETURNS void
+CREATE FUNCTION farebox.end_refund_request(_request farebox.refund_requests, _state text, _refund_id text, _problem text) RETURNS boolean
     LANGUAGE plpgsql
     AS $$
 DECLARE
     sold farebox.orders;
     hold farebox.holds;
+    was_open boolean;
+    at timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO sold FROM farebox.orders o WHERE o.id = _request.order_id;
     SELECT * INTO hold FROM farebox.holds h WHERE h.id = _request.id;
-    IF (hold.state, hold.account_id, hold.amount)
-        IS DISTINCT FROM ('open', _request.account_id, _request.credits + _request.bonus) THEN
-        RAISE EXCEPTION 'refund request % has lost its hold', _request.id USING ERRCODE = 'XX001';
+    was_open := hold.state = 'open' AND hold.amount = _request.credits + _request.bonus;
+    IF was_open THEN
+        hold.state := 'released';
+        hold.charge := 0;
+        hold.ending := CASE _state WHEN 'done' THEN 'refunded' ELSE 'released' END;
+        hold.ended_at := at;
+        PERFORM farebox.write_down(NULL, NULL, NULL, ARRAY[hold], at);
     END IF;
-    hold.state := 'released';
-    hold.charge := 0;
-    hold.ending := CASE _state WHEN 'done' THEN 'refunded' ELSE 'released' END;
-    hold.ended_at := clock_timestamp();
-    PERFORM farebox.write_down(NULL, NULL, NULL, ARRAY[hold], hold.ended_at);
     PERFORM farebox.unreserve_lot(_request.account_id, sold.credit_version, _request.reserved);
     PERFORM farebox.unreserve_lot(_request.account_id, sold.bonus_version, _request.bonus);
     UPDATE farebox.refund_requests AS r
        SET state = _state, refund = _refund_id, problem = CASE _state WHEN 'released' THEN _problem END,
-           changed_at = hold.ended_at
+           changed_at = at
      WHERE r.id = _request.id;
+    RETURN coalesce(was_open, false);
 END
 $$;
 
@@ -3577,8 +3582,9 @@ BEGIN
     );
     SELECT * INTO request FROM farebox.refund_requests r WHERE r.id = _id;
     IF request.state = 'held' THEN
-        PERFORM farebox.end_refund_request(request, 'released', NULL, _problem);
-        PERFORM farebox.free_hold(request);
+        IF farebox.end_refund_request(request, 'released', NULL, _problem) THEN
+            PERFORM farebox.free_hold(request);
+        END IF;
         RETURN 'released';
     END IF;
     RETURN request.state;

@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from proxy.control.billing.refunding import Refunder, RefundTerms
+from proxy.control.billing.resume_refunds import RefundResumer
 from proxy.core.errors import Conflict, InvalidRequest, NotFound, Refusal, Unavailable
 from proxy.ledger.orders import Order
 from proxy.ledger.refunds import RefundRequest
@@ -321,3 +322,36 @@ async def test_whole_krona_are_refunded(counter: Counter) -> None:
 
 def _with_id(order: Order, id: UUID) -> Order:
     return Order(**{name: getattr(order, name) for name in Order.__dataclass_fields__} | {"id": id})
+
+
+async def test_the_loop_carries_on_by_itself(counter: Counter) -> None:
+    order, _ = await counter.sold()
+    counter.desk.stripe.faults.on(POST, LostReply())
+    await refused(counter, order)
+    seen: asyncio.Queue[int] = asyncio.Queue()
+    loop = RefundResumer(
+        counter.ledger,
+        counter.refunds,
+        observe=lambda count, oldest: seen.put_nowait(count),
+        seconds=0.02,
+        age_seconds=0.0,
+    )
+    loop.start()
+    async with asyncio.timeout(20):
+        while await seen.get():
+            pass
+    await loop.stop()
+    assert await held(counter, order) == []
+    assert await counter.money(order) == (0, 0, 0)
+
+
+async def test_a_hold_that_somebody_else_has_ended_stops_no_refund(counter: Counter) -> None:
+    """No code does, but a gateway's role could."""
+    order, _ = await counter.sold()
+    counter.desk.stripe.faults.on(POST, LostRequest())
+    await refused(counter, order, amount=400)
+    [request] = await held(counter, order)
+    await counter.desk.bank.holds.release(request.id, order.account_id, counter.desk.bank.worker_id)
+    assert await resumed(counter, order) == ["done"]
+    assert await counter.money(order) == (600, 0, 0)
+    assert await counter.lots(order) == [("paid", 600, 0, 0)]
