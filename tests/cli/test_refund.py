@@ -56,7 +56,7 @@ def test_an_order_is_refunded_by_its_id_and_by_its_payment(
 ) -> None:
     one = sold(module_database, fake)
     part = farebox("refund", one.intent, "--amount", "2.50", "--reason", "sorry", "--json").json
-    assert (part["state"], part["amount"], part["currency"]) == ("done", "2.50", "usd")
+    assert (part["state"], part["amount"], part["currency"]) == ("done", "2.50", "USD")
     assert (part["order"], part["credits"], part["reason"]) == (str(one.order), "0.00025", "sorry")
     assert part["refund"].startswith("re_")
     rest = farebox("refund", str(one.order))

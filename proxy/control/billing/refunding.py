@@ -118,7 +118,7 @@ def refund_view(request: RefundRequest) -> View:
         "state": request.state,
         "refund": request.refund,
         "amount": format_amount(request.amount, request.currency),
-        "currency": request.currency,
+        "currency": request.currency.upper(),
         "credits": format_credits(request.credits),
         "bonus": format_credits(request.bonus),
         "actor": request.actor,
