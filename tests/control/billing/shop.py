@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from proxy.control.billing.autotopup import AutoTopups
+from proxy.control.billing.errors import StripeRefused
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.till import ACCOUNT_KEY, ORDER_KEY, Till
 from proxy.ledger.autotopups import AutoTopup, AutoTopupLedger, Offer, Wanted
@@ -86,7 +87,8 @@ class Shop:
             request_key=f"auto:{failed.id}", **values
         )  # fmt: skip
         order = (await self.desk.orders.create(new)).order
-        assert order is not None
+        if order is None:
+            raise StripeRefused("as many orders of the account wait for their payment as may")
         if order.session_id is not None:
             return order
         metadata = {ORDER_KEY: str(order.id), ACCOUNT_KEY: str(order.account_id)}

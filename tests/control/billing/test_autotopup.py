@@ -94,6 +94,8 @@ async def test_an_attempt_without_an_answer_is_gone_on_with_and_charged_once(sho
     shop.desk.stripe.faults.on(CREATE, fault)  # type: ignore[arg-type]  # one of them
     order = await lost(shop, account)
     assert (await shop.state(account)).spent == 1_000, "it may have been paid"
+    spent = "SELECT farebox.auto_spent($1, 'usd', false)"
+    assert await shop.desk.bank.owner.fetchval(spent, account) == 1_000
     assert (await shop.state(account)).attempt == order.id
     assert await attempt(shop, account) is None, "one attempt at a time"
     applied = await asyncio.gather(*(shop.topups.go_on(order) for _ in range(8)), return_exceptions=True)
