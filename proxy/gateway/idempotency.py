@@ -13,7 +13,6 @@ SHA-256 is kept. Answers are kept only where the operator says for how long, and
 import asyncio
 import hashlib
 import json
-import random
 import re
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from proxy.gateway.exchange import Ending, Exchange
 from proxy.gateway.headers import Headers
 from proxy.gateway.refusals import NOT_NOW, unavailable
 from proxy.ledger.idempotency import Claim, Claimed, ClaimOutcome, IdempotencyLedger
+from proxy.ledger.rounds import Rounds
 from proxy.metrics import Metrics
 
 __all__ = ["Idempotency", "IdempotencySettings", "KeptAnswer", "idempotency_word"]
@@ -112,7 +112,9 @@ class Idempotency:
         self._metrics = metrics
         self._settings = settings or IdempotencySettings()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._forgetting: asyncio.Task[None] | None = None
+        self._forgetting = Rounds(
+            self._forget, seconds=FORGET_SECONDS, complaint="old idempotency keys were not removed"
+        )
         self._recorded = _Budget(RECORDED_BYTES_MAX)
 
     # What a call uses.
@@ -155,13 +157,11 @@ class Idempotency:
 
     def start(self) -> None:
         """Begin to remove what is old."""
-        self._forgetting = asyncio.create_task(self._forget())
+        self._forgetting.start()
 
     async def stop(self, limit_seconds: float = 2.0) -> None:
         """End; what is on its way into the ledger gets that long."""
-        if self._forgetting is not None:
-            self._forgetting.cancel()
-            await asyncio.gather(self._forgetting, return_exceptions=True)
+        await self._forgetting.stop()
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=limit_seconds)
         for task in list(self._tasks):
@@ -223,14 +223,8 @@ class Idempotency:
             self._recorded.give_back(len(body))
 
     async def _forget(self) -> None:
-        while True:
-            # Jitter, so that the workers don't come all at once.
-            await asyncio.sleep(FORGET_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311
-            try:
-                while await self._ledger.forget(FORGET_ROWS, keep_seconds=self._settings.key_seconds) >= FORGET_ROWS:
-                    pass
-            except Exception as error:  # noqa: BLE001 - next minute may fare better
-                log.warning("old idempotency keys were not removed", reason=str(error))
+        while await self._ledger.forget(FORGET_ROWS, keep_seconds=self._settings.key_seconds) >= FORGET_ROWS:
+            pass
 
     def _own(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         """Run it in a task that no request's end can take away."""

@@ -4,15 +4,11 @@ Each process runs the loop; the ledger sees to it that one at a time looks. A lo
 the sealer does; what it finds becomes messages in the outbox, and the marks that say who was told, in one transaction.
 """
 
-import asyncio
-import random
-
-import asyncpg
 import structlog
 
 from proxy.ledger.connect import Role, connect
-from proxy.ledger.errors import LedgerError
 from proxy.ledger.outbox import Outbox
+from proxy.ledger.rounds import Rounds
 
 __all__ = ["Alerts"]
 
@@ -31,19 +27,15 @@ class Alerts:
     def __init__(self, dsn: str, *, low_balance: int | None, look_seconds: float = LOOK_SECONDS) -> None:
         self._dsn = dsn
         self._low_balance = low_balance
-        self._look_seconds = look_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(self.look, seconds=look_seconds, complaint="accounts that run low were not looked for")
 
     def start(self) -> None:
         """Begin; the first look comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. A call in flight is cut off: it is one transaction."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._rounds.stop()
 
     async def look(self) -> int:
         """Tell of all there are to tell of now, unless another process is at it; how many. Raises LedgerUnavailable."""
@@ -59,12 +51,3 @@ class Alerts:
             return told
         finally:
             connection.terminate()
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' looks don't fall together.
-            await asyncio.sleep(self._look_seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self.look()
-            except (LedgerError, asyncpg.PostgresError) as error:
-                log.warning("accounts that run low were not looked for", reason=str(error))

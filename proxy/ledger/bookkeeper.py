@@ -5,16 +5,14 @@ one would alone. Nothing waits for it: where it falls behind or fails, seals and
 """
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
-import asyncpg
 import structlog
 
 from proxy.ledger.audit import SINCE_LAST_ROWS, BookState, Check, audit_since_last, book_state
 from proxy.ledger.connect import Connection, Role, connect, translated
-from proxy.ledger.errors import LedgerError
+from proxy.ledger.rounds import Rounds
 
 __all__ = ["Bookkeeper", "seal"]
 
@@ -60,27 +58,15 @@ class Bookkeeper:
         self._seal_seconds = seal_seconds
         self._audit_seconds = audit_seconds
         self._broken: Sequence[Check] = ()
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(self._round, seconds=seal_seconds, complaint="the book was not sealed or audited")
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. A call in flight is cut off: it is one transaction."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' rounds don't fall together.
-            await asyncio.sleep(self._seal_seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self._round()
-            except (LedgerError, asyncpg.PostgresError) as error:
-                log.warning("the book was not sealed or audited", reason=str(error))
+        await self._rounds.stop()
 
     async def _round(self) -> None:
         # A connection a round: it is idle most of the time, and nothing is lost with it.

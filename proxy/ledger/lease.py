@@ -20,6 +20,7 @@ import structlog
 from proxy.ledger.clocks import elapsed
 from proxy.ledger.lines import NO_CONNECTION, Calls, Keeper, OpenLine
 from proxy.ledger.records import Mark, Renewed
+from proxy.ledger.rounds import was_cancelled
 
 __all__ = ["MARKS_SECONDS", "MarkSource", "WorkerLease"]
 
@@ -155,9 +156,8 @@ class WorkerLease:
             async with asyncio.timeout(MARKS_SECONDS):
                 return await self._marks.gather()
         except asyncio.CancelledError as error:
-            # Not us who were cancelled, but something that the marks waited for: no reason to end, either.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            # Where not we were cancelled but something that the marks waited for, that's no reason to end, either.
+            if was_cancelled():
                 raise
             log.error("progress isn't known", worker=str(self.worker_id), reason=repr(error))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the marks, the lease has to be renewed

@@ -7,7 +7,6 @@ themselves.
 """
 
 import asyncio
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
@@ -16,8 +15,8 @@ import asyncpg
 import structlog
 
 from proxy.ledger.connect import Connection, Database, Role, connect, translated
-from proxy.ledger.errors import LedgerError
 from proxy.ledger.reports import report
+from proxy.ledger.rounds import Rounds
 
 __all__ = ["DRAW_ROWS", "LotKeeper", "LotState", "draw_account", "draw_behind", "expire"]
 
@@ -115,28 +114,15 @@ class LotKeeper:
     ) -> None:
         self._dsn = dsn
         self._observe = observe
-        self._lots_seconds = lots_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(self._round, seconds=lots_seconds, complaint="lots were not drawn or expired")
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. A call in flight is cut off: it is one transaction."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' rounds don't fall together.
-            await asyncio.sleep(self._lots_seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self._round()
-            except (LedgerError, asyncpg.PostgresError) as error:
-                log.warning("lots were not drawn or expired", reason=str(error))
+        await self._rounds.stop()
 
     async def _round(self) -> None:
         # A connection a round: it is idle most of the time, and nothing is lost with it.

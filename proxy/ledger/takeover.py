@@ -6,7 +6,6 @@ the ledger they were written for, and to no other: a wiped or another database l
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from proxy.ledger.journal_files import DAMAGED, DONE, OPEN, REJECTED, JournalDir
 from proxy.ledger.journal_records import Contents, JournalRow, Row, done_frame, read_journal, rejected_frame
 from proxy.ledger.journaled import SettlingLedger, refusal_of
 from proxy.ledger.records import Finalize, Finalized, Released
+from proxy.ledger.rounds import Rounds
 
 __all__ = ["Books", "Replayed", "Takeover", "TakeoverWatch", "repeat", "replay"]
 
@@ -79,20 +79,22 @@ class Takeover:
         self._watch = watch
         self._keep_seconds = keep_seconds
         self._kept_bytes_max = kept_bytes_max
-        self._scan_seconds = scan_seconds
         self._told: set[Path] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(
+            self._round,
+            seconds=scan_seconds,
+            complaint="the journals of others can't be looked at",
+            at_once=True,
+            expected=(LedgerUnavailable,),
+        )
 
     def start(self) -> None:
         """Begin, with a look at once."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. A journal that is being carried out is left to the next process; twice is once."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._rounds.stop()
 
     async def scan(self) -> list[Replayed]:
         """One look: carry out every journal that nobody has; one that can't be is left, and keeps no other waiting.
@@ -115,18 +117,9 @@ class Takeover:
                 file.close()
         return outcomes
 
-    async def _run(self) -> None:
-        while True:
-            try:
-                await self.scan()
-                await self._prune()
-            except LedgerUnavailable as error:
-                log.warning("journals wait for the ledger", reason=str(error))
-            except Exception as error:
-                # The next look may fare better; the journals can wait for it.
-                log.error("the journals of others can't be looked at", reason=str(error), exc_info=error)
-            # Jitter, so that the workers' looks don't fall together.
-            await asyncio.sleep(self._scan_seconds * random.uniform(0.8, 1.2))  # noqa: S311
+    async def _round(self) -> None:
+        await self.scan()
+        await self._prune()
 
     async def _take_over(self, file: JournalFile) -> Replayed:
         try:

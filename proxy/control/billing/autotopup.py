@@ -13,7 +13,6 @@ key), however often it is asked for; credited by the till as every payment, once
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 from uuid import UUID, uuid4
@@ -26,8 +25,8 @@ from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_objects import PaymentIntent
 from proxy.control.billing.till import Applied, Till
 from proxy.ledger.autotopups import AutoTopupLedger, Offer, Opened
-from proxy.ledger.errors import LedgerError
 from proxy.ledger.orders import Order, OrderLedger
+from proxy.ledger.rounds import EXPECTED, Rounds
 
 __all__ = ["AutoTopups", "Counter", "Instead"]
 
@@ -90,20 +89,21 @@ class AutoTopups:
         self._offer = offer
         self._metrics = metrics
         self._opens = opens
-        self._look_seconds = look_seconds
         self._silent_seconds = silent_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(
+            self.round,
+            seconds=look_seconds,
+            complaint="automatic top-ups were not looked for",
+            expected=(*EXPECTED, StripeError),
+        )
 
     def start(self) -> None:
         """Begin; the first look comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. An attempt that is under way is gone on with by another process, or by this one's successor."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._rounds.stop()
 
     async def round(self) -> None:
         """Open what is due, go on with what is open, and send links. Raises LedgerError."""
@@ -229,15 +229,6 @@ class AutoTopups:
         for failure in ended:
             if isinstance(failure, BaseException):
                 raise failure
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' looks don't fall together.
-            await asyncio.sleep(self._look_seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self.round()
-            except LedgerError as error:
-                log.warning("automatic top-ups were not looked for", reason=str(error))
 
 
 _COUNTED = {"paid": "paid", "known": "paid", "credited": "paid", "pending": "pending", "failed": "failed"}

@@ -18,8 +18,8 @@ import httpx2
 import structlog
 
 from proxy.core.webhook_signing import sign
-from proxy.ledger.errors import LedgerError
 from proxy.ledger.outbox import Message, Outbox, Waiting
+from proxy.ledger.rounds import Rounds
 
 __all__ = ["RETRY_SECONDS", "HttpPost", "MessageSender", "Observer", "Post", "PostFailed"]
 
@@ -115,21 +115,17 @@ class MessageSender:
         self._post = post
         self._keys = keys
         self._observe = observe
-        self._poll_seconds = poll_seconds
         self._clock = clock
         self._forget_at = 0.0
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(self.round, seconds=poll_seconds, complaint="messages could not be sent")
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. Messages on their way may have arrived or not: they are sent again."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._rounds.stop()
 
     async def round(self) -> int:
         """Send what is due; how many messages were tried. Raises LedgerUnavailable."""
@@ -152,15 +148,6 @@ class MessageSender:
             waiting=waiting.messages, given_up=waiting.given_up, oldest_seconds=waiting.oldest_seconds
         )
         return tried
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' rounds don't fall together.
-            await asyncio.sleep(self._poll_seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self.round()
-            except LedgerError as error:
-                log.warning("messages could not be sent", reason=str(error))
 
     async def _send(self, message: Message, post: Post) -> None:
         message_id, timestamp, body = message.webhook_id, int(self._clock()), message.payload.encode()

@@ -4,17 +4,17 @@ An advisory lock says who is at it; the ledger says when it was done last, so th
 than one. Nothing waits for it. What it finds is in the metrics of every server, whoever found it.
 """
 
-import asyncio
-import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import structlog
 
+from proxy.control.billing.errors import StripeError
 from proxy.control.billing.reconcile import Reconciler, Reconciliation
 from proxy.ledger.connect import Connection
 from proxy.ledger.reconciliation import LastReconciliation, ReconciliationLedger, try_lock
+from proxy.ledger.rounds import EXPECTED, Rounds
 
 __all__ = ["SPANS", "ReconcileLoop", "Span", "reconcile_and_note"]
 
@@ -59,28 +59,17 @@ class ReconcileLoop:
         self._ledger = ledger
         self._open_connection = open_connection
         self._observe = observe
-        self._look_seconds = look_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(
+            self.round, seconds=look_seconds, complaint="not reconciled", expected=(*EXPECTED, StripeError)
+        )
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. What is under way is cut off: the next one begins anew, and everything may be done twice."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' rounds don't fall together.
-            await asyncio.sleep(self._look_seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self.round()
-            except Exception as error:  # noqa: BLE001 - the next round may fare better, and comes
-                log.warning("not reconciled", reason=str(error))
+        await self._rounds.stop()
 
     async def round(self) -> None:
         """Reconcile what is due, unless another server is at it."""

@@ -4,13 +4,13 @@ Each server runs one. Who takes an event from the list is alone with it for its 
 event is never given up. So the credits come even where Stripe's own deliveries have ended.
 """
 
-import asyncio
-import random
 from collections.abc import Callable
 
 import structlog
 
+from proxy.control.billing.errors import StripeError
 from proxy.control.billing.events import EventDesk
+from proxy.ledger.rounds import EXPECTED, Rounds
 from proxy.ledger.stripe_events import EventLedger, Unprocessed
 
 __all__ = ["EventResumer", "resume_events"]
@@ -63,29 +63,21 @@ class EventResumer:
         self._desk = desk
         self._livemode = livemode
         self._observe = observe
-        self._seconds = seconds
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(
+            self._round, seconds=seconds, complaint="webhooks were not resumed", expected=(*EXPECTED, StripeError)
+        )
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. What is being processed is cut off, and left to another attempt."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._rounds.stop()
 
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' rounds don't fall together.
-            await asyncio.sleep(self._seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                processed, failed = await resume_events(self._ledger, self._desk, livemode=self._livemode)
-                if processed or failed:
-                    log.info("webhooks were resumed", processed=processed, failed=failed)
-                await self._ledger.forget(FORGET_MAX, keep_seconds=KEEP_SECONDS)
-                self._observe(await self._ledger.unprocessed(livemode=self._livemode))
-            except Exception as error:  # noqa: BLE001 - the next round may fare better; the events can wait for it
-                log.warning("webhooks were not resumed", reason=str(error))
+    async def _round(self) -> None:
+        processed, failed = await resume_events(self._ledger, self._desk, livemode=self._livemode)
+        if processed or failed:
+            log.info("webhooks were resumed", processed=processed, failed=failed)
+        await self._ledger.forget(FORGET_MAX, keep_seconds=KEEP_SECONDS)
+        self._observe(await self._ledger.unprocessed(livemode=self._livemode))

@@ -4,15 +4,15 @@ them.
 Each server runs one. Who takes a request from the ledger is alone with it for a pause that grows with its age.
 """
 
-import asyncio
-import random
 from collections.abc import Callable
 from datetime import datetime
 
 import structlog
 
+from proxy.control.billing.errors import StripeError
 from proxy.control.billing.refunds import RefundDesk
 from proxy.ledger.refunds import RefundLedger
+from proxy.ledger.rounds import EXPECTED, Rounds
 
 __all__ = ["RefundResumer"]
 
@@ -41,29 +41,21 @@ class RefundResumer:
         self._ledger = ledger
         self._desk = desk
         self._observe = observe
-        self._seconds = seconds
         self._age_seconds = age_seconds
-        self._task: asyncio.Task[None] | None = None
+        self._rounds = Rounds(
+            self._round,
+            seconds=seconds,
+            complaint="refund requests were not resumed",
+            expected=(*EXPECTED, StripeError),
+        )
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._task = asyncio.create_task(self._run())
+        self._rounds.start()
 
     async def stop(self) -> None:
         """End. A request that is being seen to stays held, for another round."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-
-    async def _run(self) -> None:
-        while True:
-            # Jitter, so that the workers' rounds don't fall together.
-            await asyncio.sleep(self._seconds * random.uniform(0.5, 1.0))  # noqa: S311
-            try:
-                await self._round()
-            except Exception as error:  # noqa: BLE001 - the next round may fare better; the requests can wait for it
-                log.warning("refund requests were not resumed", reason=str(error))
+        await self._rounds.stop()
 
     async def _round(self) -> None:
         claimed = await self._ledger.claim(
