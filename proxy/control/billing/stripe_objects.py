@@ -174,10 +174,11 @@ def session(found: Members) -> Session:
     intent = found.members("payment_intent")
     return Session(
         id=found.text("id"),
-        status=found.text("status"),
+        # Another business's may be of a kind that has none of these: one that only keeps a card has no currency.
+        status=found.text_or_none("status") or "",
         payment_status=found.text("payment_status"),
         livemode=found.flag("livemode"),
-        currency=found.text("currency"),
+        currency=found.text_or_none("currency") or "",
         subtotal=found.number("amount_subtotal", 0),
         discount=totals.number("amount_discount", 0) if totals else 0,
         tax=totals.number("amount_tax", 0) if totals else 0,

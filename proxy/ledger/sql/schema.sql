@@ -280,6 +280,7 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_lots();
     RETURN QUERY SELECT * FROM farebox.audit_price_versions();
     RETURN QUERY SELECT * FROM farebox.audit_leases();
+    RETURN QUERY SELECT * FROM farebox.audit_orders();
     RETURN QUERY SELECT * FROM farebox.audit_takings();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
 END
@@ -670,6 +671,41 @@ BEGIN
                ('lots_owe_no_more_than_the_debt_and_reserve_no_more_than_is_held', c.checked, c.v2, c.e2)
            ) AS v (name, checked, violations, example);
 END
+$$;
+
+CREATE FUNCTION farebox.audit_orders() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH paid AS (
+        SELECT o.id::text AS id,
+               coalesce(
+                   c.kind = CASE o.kind WHEN 'plan' THEN 'plan' ELSE 'purchase' END
+                   AND c.amount = o.credits AND c.reference IN (o.payment_intent, o.session_id, o.invoice)
+                   AND CASE
+                       WHEN o.bonus = 0 THEN o.bonus_version IS NULL
+                       ELSE b.kind = 'promo' AND b.amount = o.bonus AND b.reference = c.reference
+                   END
+                   -- Of an invoice a part may be paid from what the customer has at Stripe.
+                   AND (o.kind = 'plan'
+                        OR o.received BETWEEN o.subtotal - o.discount AND o.subtotal - o.discount + o.tax),
+                   false
+               ) AS kept
+          FROM farebox.orders o
+          LEFT JOIN farebox.transfers c ON c.account_id = o.account_id AND c.version = o.credit_version
+          LEFT JOIN farebox.transfers b ON b.account_id = o.account_id AND b.version = o.bonus_version
+         WHERE o.state = 'paid'
+    ), purchases AS (
+        SELECT t.kind || ' ' || t.reference AS id, o.id IS NOT NULL AS kept
+          FROM farebox.transfers t
+          LEFT JOIN farebox.orders o
+                 ON o.account_id = t.account_id AND o.credit_version = t.version AND o.state = 'paid'
+         WHERE t.kind IN ('purchase', 'plan')
+    )
+    SELECT 'paid_orders_were_credited', count(*), count(*) FILTER (WHERE NOT p.kept), min(p.id) FILTER (WHERE NOT p.kept)
+      FROM paid p
+    UNION ALL
+    SELECT 'purchases_have_their_order', count(*), count(*) FILTER (WHERE NOT p.kept), min(p.id) FILTER (WHERE NOT p.kept)
+      FROM purchases p
 $$;
 
 CREATE FUNCTION farebox.audit_overruns() RETURNS SETOF farebox.audit_check
@@ -5281,6 +5317,8 @@ REVOKE ALL ON FUNCTION farebox.audit_limits() FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.audit_lots() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_lots_since(_steps farebox.audit_step[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_orders() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_overruns() FROM PUBLIC;
 

@@ -11,7 +11,7 @@ import pytest
 
 from proxy.control.billing.errors import StripeAway, StripeRefused, StripeUnknown
 from proxy.control.billing.stripe_api import StripeApi
-from proxy.control.billing.stripe_objects import Members
+from proxy.control.billing.stripe_objects import Members, session
 from proxy.control.billing.threads import Busy, Threads
 from tests.fakes.stripe import (
     ErrorAfter,
@@ -163,6 +163,22 @@ async def test_nothing_of_the_environments_is_used(
 def test_an_answer_that_cant_be_read_is_none(members: dict[str, object], reader: str, name: str) -> None:
     with pytest.raises(StripeAway, match=f"no {name} that can be read"):
         getattr(Members(members, "object"), reader)(name)
+
+
+def test_a_session_that_sells_nothing_can_be_read() -> None:
+    """Another business of the same Stripe account may keep cards by pages that have no price."""
+    found = session(
+        Members(
+            {
+                "id": "cs_1", "object": "checkout.session", "mode": "setup", "status": "complete", "currency": None,
+                "payment_status": "no_payment_required", "livemode": False, "created": 1, "amount_total": None,
+                "amount_subtotal": None, "total_details": None, "payment_intent": None, "metadata": None,
+                "client_reference_id": None, "customer": "cus_1", "url": None,
+            },
+            "session",
+        )
+    )  # fmt: skip
+    assert (found.currency, found.total, found.payment_intent, dict(found.metadata)) == ("", 0, None, {})
 
 
 async def test_threads_are_few_and_so_are_those_who_wait() -> None:

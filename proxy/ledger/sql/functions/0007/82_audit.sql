@@ -117,6 +117,7 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_lots();
     RETURN QUERY SELECT * FROM farebox.audit_price_versions();
     RETURN QUERY SELECT * FROM farebox.audit_leases();
+    RETURN QUERY SELECT * FROM farebox.audit_orders();
     RETURN QUERY SELECT * FROM farebox.audit_takings();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
 END
