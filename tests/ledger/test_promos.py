@@ -14,11 +14,13 @@ from proxy.ledger.promos import CREDITS_SECONDS_MAX, PromoLedger, PromoOutcome, 
 from tests.ledger.bank import Bank
 
 HOUR = timedelta(hours=1)
+CONNECTIONS = 10
+WAITING = "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND locktype IN ('transactionid', 'tuple')"
 
 
 @pytest.fixture
 async def promos(bank: Bank) -> AsyncIterator[PromoLedger]:
-    pool = await create_pool(bank.database.app, Role.CONTROL, size=10, lock_ms=10_000, statement_seconds=30)
+    pool = await create_pool(bank.database.app, Role.CONTROL, size=CONNECTIONS, lock_ms=10_000, statement_seconds=30)
     yield PromoLedger(pool)
     await pool.close()
 
@@ -56,7 +58,14 @@ async def test_fifty_accounts_race_for_the_last_redemption(bank: Bank, promos: P
     accounts = [account.id for account, _ in [await bank.open_account() for _ in range(50)]]
     for account in accounts[:2]:
         assert (await promos.redeem(account, code, actor="x")).outcome is PromoOutcome.DONE
-    found = await asyncio.gather(*(promos.redeem(account, code, actor="x") for account in accounts[2:] + accounts[2:]))
+    # Somebody has the code in hand, so that as many as there are connections come to it together.
+    async with bank.owner.transaction():
+        await bank.owner.execute("SELECT FROM farebox.promo_codes WHERE code = $1 FOR UPDATE", code)
+        racing = [asyncio.create_task(promos.redeem(account, code, actor="x")) for account in accounts[2:] * 2]
+        async with asyncio.timeout(30):
+            while await bank.owner.fetchval(WAITING) < CONNECTIONS:  # noqa: ASYNC110 - no event tells of it
+                await asyncio.sleep(0.01)
+    found = await asyncio.gather(*racing)
     outcomes = [redemption.outcome for redemption in found]
     assert outcomes.count(PromoOutcome.DONE) == 1
     assert outcomes.count(PromoOutcome.DONE) + outcomes.count(PromoOutcome.AGAIN) == 2
