@@ -130,6 +130,21 @@ async def test_to_apply_again_takes_no_more_though_more_is_there(counter: Counte
     assert await counter.money(order) == (200, 0, 0)
 
 
+async def test_a_refund_that_fails_takes_no_bonus_though_some_came_back_meanwhile(counter: Counter) -> None:
+    order, intent = await counter.sold(bonus=200)
+    key = await counter.desk.bank.open_key(order.account_id)
+    row, _ = await counter.desk.bank.reserve(key, 200)
+    await counter.desk.bank.finalize(row, 200)
+    await counter.refund(intent, 500)
+    refund = await counter.refund(intent, 400, beginning="pending")
+    assert await counter.taken(order) == (900, 0)
+    await counter.desk.bank.control.reverse(row.hold_id, 200, reference=f"r {order.id}", actor="test", reason="why")
+    counter.desk.stripe.refunds.settle(refund, "failed")
+    assert await counter.refunds.apply(refund) == "returned"
+    assert await counter.taken(order) == (500, 0)
+    assert await counter.money(order) == (700, 0, 0)
+
+
 @pytest.mark.parametrize("order_of", list(itertools.permutations(range(3))), ids=str)
 async def test_refunds_and_disputes_overlap_in_any_order(counter: Counter, order_of: tuple[int, ...]) -> None:
     order, intent = await counter.sold()
