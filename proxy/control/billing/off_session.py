@@ -19,7 +19,8 @@ from proxy.ledger.orders import Order
 
 __all__ = ["cancel_payment", "find_payment", "request_payment"]
 
-CLOCK_ERROR = timedelta(minutes=5)
+CLOCK_ERROR = timedelta(days=1)
+"""By which the ledger's clock and Stripe's may differ: what isn't looked at counts as never made."""
 WITHIN = timedelta(days=2)
 """After an order's making: nothing is made for it a day later."""
 LISTED_MAX = 1_000
