@@ -80,7 +80,7 @@ def _view(report: Reconciliation) -> View:
         "totals": [
             {
                 "kind": kind,
-                "currency": currency,
+                "currency": currency.upper(),
                 "count": totals.count,
                 "at_stripe": format_amount(totals.at_stripe, currency),
                 "here": format_amount(totals.here, currency),
@@ -94,7 +94,7 @@ def _view(report: Reconciliation) -> View:
             {
                 "kind": one.kind,
                 "id": one.id,
-                "currency": one.currency,
+                "currency": one.currency.upper(),
                 "at_stripe": _money(one.at_stripe, one.currency),
                 "here": _money(one.here, one.currency),
                 "why": one.why,

@@ -114,7 +114,7 @@ def test_reconcile_applies_what_was_missed_and_ends_with_0(
     assert view["ok"] is True
     assert {
         "kind": "payment",
-        "currency": "usd",
+        "currency": "USD",
         "count": 1,
         "at_stripe": "10.00",
         "here": "10.00",
