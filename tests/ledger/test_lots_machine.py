@@ -38,7 +38,7 @@ FAR = datetime(3000, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 
 RUNS = settings(
-    max_examples=110,
+    max_examples=90,
     stateful_step_count=40,
     derandomize=True,
     database=None,
@@ -111,14 +111,21 @@ class LotsMachine(RuleBasedStateMachine):
         self.reversed: dict[UUID, int] = {}
         self.worker_id = uuid4()
 
-    @initialize(paid=AMOUNTS, promo=AMOUNTS, soon=SOON)
-    def open(self, paid: int, promo: int, soon: int | None) -> None:
+    @initialize(paid=AMOUNTS, promo=AMOUNTS, soon=SOON, begins=st.integers(0, 4))
+    def open(self, paid: int, promo: int, soon: int | None, begins: int) -> None:
         account, key = self.run(self.bank.open_account())
         self.id: UUID = account.id
         self.key: ApiKey = key
         self.start_worker()
         self.purchase(paid, None)
         self.grant(True, promo, soon, None)
+        # What chance leads to too seldom.
+        if begins == 1:
+            self.take_under_a_hold(0, paid, True, None, False, False)
+        elif begins == 2:
+            self.take_under_a_hold(0, paid, False, 5, False, True)
+        elif begins > 2:
+            self.outlive(20, 2, 50, begins == 3)
 
     def start_worker(self) -> None:
         self.worker_id = uuid4()
@@ -176,7 +183,7 @@ class LotsMachine(RuleBasedStateMachine):
         self.oracle.pass_time()
         self.run(
             self.bank.owner.execute(
-                "UPDATE farebox.lots SET expires_at = clock_timestamp() WHERE account_id = $1 AND expires_at = $2",
+                "UPDATE farebox.lots SET expires_at = statement_timestamp() WHERE account_id = $1 AND expires_at = $2",
                 *(self.id, FAR + self.oracle.now * DAY),
             )
         )
@@ -210,17 +217,29 @@ class LotsMachine(RuleBasedStateMachine):
                 self.reverse(0, back)
 
     @precondition(lambda self: self.purchases)
-    @rule(slot=SLOTS, amount=AMOUNTS, dispute=st.booleans(), charge=CHARGES, early=st.booleans(), undone=st.booleans())
-    def take_under_a_hold(self, slot: int, amount: int, dispute: bool, charge: int, early: bool, undone: bool) -> None:
+    @rule(
+        slot=SLOTS,
+        amount=AMOUNTS,
+        dispute=st.booleans(),
+        charge=st.none() | CHARGES,
+        early=st.booleans(),
+        undone=st.booleans(),
+    )
+    def take_under_a_hold(
+        self, slot: int, amount: int, dispute: bool, charge: int | None, early: bool, undone: bool
+    ) -> None:
         """Somebody has what is to be taken, and ends before or after it is given back again, if it is."""
         if self.oracle.available == 0:
             return
-        self.reserve(self.oracle.available, None)
+        everything = self.oracle.available
+        self.reserve(everything, None)
+        charge = everything if charge is None else charge
         self.take(slot, amount, dispute, False)
         if early:
             self.finalize(0, charge)
-        if undone and any(purchase.net for purchase in self.purchases):
-            self.give_back(slot)
+        purchase = self.purchases[slot % len(self.purchases)]
+        if undone and purchase.net:
+            self.say_give_back(purchase, -1)
         self.finalize(0, charge)
 
     @precondition(lambda self: self.rows)
@@ -323,9 +342,11 @@ class LotsMachine(RuleBasedStateMachine):
     @rule(slot=SLOTS)
     def give_back(self, slot: int) -> None:
         taken = [purchase for purchase in self.purchases if purchase.net]
-        purchase = taken[slot % len(taken)]
+        self.say_give_back(taken[slot % len(taken)], slot // 7)
+
+    def say_give_back(self, purchase: Purchase, nth: int) -> None:
         open_ones = sorted(set(purchase.takings) - purchase.returned, key=list(purchase.takings).index)
-        reference = open_ones[slot // 7 % len(open_ones)]
+        reference = open_ones[nth % len(open_ones)]
         kind, amount = purchase.takings[reference]
         arguments = (f"{kind}_return", amount, reference, purchase.lot.version, [*purchase.takings])
         for _ in range(2):
