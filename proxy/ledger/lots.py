@@ -15,6 +15,7 @@ import asyncpg
 import structlog
 
 from proxy.ledger.connect import Connection, Database, Role, connect, translated
+from proxy.ledger.errors import LedgerUnavailable
 from proxy.ledger.reports import report
 from proxy.ledger.rounds import Rounds
 
@@ -62,10 +63,13 @@ async def draw_behind(connection: Connection, *, breath_seconds: float = BREATH_
     """Draw the lots of all accounts that have moved. How many transfers are left to draw, and of how many accounts
     they can't be. None: another process is at it. Raises LedgerUnavailable.
     """
+    due: int | None = None
+    done = 0
     with translated():
         while True:
             accounts = await connection.fetch(_BEHIND, ACCOUNTS_MAX)
             behind = int(accounts[0]["behind"]) if accounts else 0
+            due = behind if due is None else due
             drawn, broken = 0, 0
             for first in range(0, len(accounts), BATCH_ACCOUNTS):
                 row = await _draw_batch(connection, [each["id"] for each in accounts[first : first + BATCH_ACCOUNTS]])
@@ -75,20 +79,31 @@ async def draw_behind(connection: Connection, *, breath_seconds: float = BREATH_
                 broken += row["broken"]
                 if row["broken"]:
                     log.error("lots can't be drawn", account=str(row["example"]), reason=row["problem"])
-            # On while it gets somewhere: what others write meanwhile is for the next round.
-            if drawn == 0 or (drawn < DRAW_ROWS and len(accounts) < ACCOUNTS_MAX):
+            done += drawn
+            # On while it gets somewhere, as far as it was behind at the beginning: what others write meanwhile is for
+            # the next round, or on a busy ledger there would be none, and nothing would ever expire.
+            if drawn == 0 or done >= due or (drawn < DRAW_ROWS and len(accounts) < ACCOUNTS_MAX):
                 return max(0, behind - drawn), broken
             await asyncio.sleep(breath_seconds)
 
 
 async def expire(connection: Connection) -> int:
-    """Take what is left of expired lots; how much it was, in microcredits. Raises LedgerUnavailable."""
+    """Take what is left of expired lots; how much it was, in microcredits. Raises LedgerUnavailable.
+
+    An account for which that fails keeps no other waiting.
+    """
     total = 0
     with translated():
         accounts = await connection.fetch("SELECT * FROM farebox.expired_accounts($1)", EXPIRED_ACCOUNTS_MAX)
         for [account_id] in accounts:
-            await draw_account(connection, account_id)
-            took = await connection.fetchval("SELECT farebox.expire_lots($1)", account_id)
+            try:
+                await draw_account(connection, account_id)
+                took = await connection.fetchval("SELECT farebox.expire_lots($1)", account_id)
+            except (asyncpg.PostgresError, LedgerUnavailable) as error:
+                if connection.is_closed():
+                    raise
+                log.error("credits did not expire", account=str(account_id), reason=str(error))
+                continue
             if took:
                 log.info("credits expired", account=str(account_id), microcredits=took)
             total += took

@@ -8,8 +8,9 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from proxy.ledger import lots as lots_pass
 from proxy.ledger.audit import audit
-from proxy.ledger.connect import Role, connect
+from proxy.ledger.connect import Connection, Role, connect
 from proxy.ledger.errors import Conflict, InvalidValue
 from proxy.ledger.lots import LotKeeper, LotState, draw_behind, expire
 from tests.ledger.bank import Bank
@@ -242,6 +243,43 @@ async def test_the_server_draws_and_expires_by_itself(own_bank: Bank) -> None:
     finally:
         await keeper.stop()
     assert await own_bank.money(account.id) == (100, 0, 0)
+
+
+async def test_an_account_whose_lots_are_broken_keeps_no_other_s_credits_from_expiring(own_bank: Bank) -> None:
+    accounts = []
+    for _ in range(4):
+        account, key = await own_bank.open_account()
+        await grant(own_bank, account.id, 50, kind="promo", expires_at=datetime.now(UTC) + SOON)
+        row, _ = await own_bank.reserve(key, 20)
+        await own_bank.finalize(row, 20)
+        await pass_end(own_bank, account.id)
+        accounts.append(account.id)
+    broken = min(accounts)
+    await own_bank.owner.execute("UPDATE farebox.lots SET remaining = 10 WHERE account_id = $1", broken)
+    control = await connect(own_bank.database.app, Role.CONTROL)
+    assert await expire(control) == 90
+    await control.close()
+    assert [(await own_bank.money(id))[0] for id in accounts] == [30 if id == broken else 0 for id in accounts]
+
+
+async def test_a_round_ends_though_others_write_all_the_time(own_bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lots_pass, "ACCOUNTS_MAX", 1)
+    account, _ = await own_bank.open_account(100)
+    batches = 0
+    draw_batch = lots_pass._draw_batch
+
+    async def and_another(connection: Connection, account_ids: list[UUID]) -> asyncpg.Record | None:
+        nonlocal batches
+        batches += 1
+        assert batches < 10, "it would go on for ever"
+        row = await draw_batch(connection, account_ids)
+        await grant(own_bank, account.id, 1)
+        return row
+
+    monkeypatch.setattr(lots_pass, "_draw_batch", and_another)
+    control = await connect(own_bank.database.app, Role.CONTROL)
+    assert await draw_behind(control, breath_seconds=0) == (0, 0)
+    await control.close()
 
 
 async def test_a_ledger_from_before_lots_is_drawn_in_stretches(own_bank: Bank) -> None:
