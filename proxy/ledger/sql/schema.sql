@@ -140,6 +140,7 @@ CREATE FUNCTION farebox.apply_dispute(_dispute_id text, _payment_intent text, _a
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 DECLARE
+    payer uuid;
     sold farebox.orders;
     known farebox.disputes;
     gone_before bigint;
@@ -148,10 +149,12 @@ BEGIN
     moved := 0;
     froze := false;
     PERFORM farebox.lock_reference('dispute', _dispute_id);
-    PERFORM farebox.lock_accounts(
-        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
-    );
-    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT o.account_id INTO payer FROM farebox.orders o WHERE o.payment_intent = _payment_intent;
+    PERFORM farebox.lock_accounts(ARRAY[payer], NULL);
+    -- One that was paid since then isn't found yet: its account is not locked. Who asks again finds it.
+    SELECT * INTO sold FROM farebox.orders o
+     WHERE o.payment_intent = _payment_intent AND o.account_id = payer
+       FOR UPDATE;
     SELECT * INTO known FROM farebox.disputes d WHERE d.id = _dispute_id;
     order_id := sold.id;
     account_id := sold.account_id;
@@ -199,6 +202,7 @@ CREATE FUNCTION farebox.apply_refund(_refund_id text, _payment_intent text, _amo
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 DECLARE
+    payer uuid;
     sold farebox.orders;
     known farebox.stripe_refunds;
     request farebox.refund_requests;
@@ -209,10 +213,12 @@ DECLARE
 BEGIN
     moved := 0;
     PERFORM farebox.lock_reference('refund', _refund_id);
-    PERFORM farebox.lock_accounts(
-        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
-    );
-    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT o.account_id INTO payer FROM farebox.orders o WHERE o.payment_intent = _payment_intent;
+    PERFORM farebox.lock_accounts(ARRAY[payer], NULL);
+    -- One that was paid since then isn't found yet: its account is not locked. Who asks again finds it.
+    SELECT * INTO sold FROM farebox.orders o
+     WHERE o.payment_intent = _payment_intent AND o.account_id = payer
+       FOR UPDATE;
     SELECT * INTO known FROM farebox.stripe_refunds r WHERE r.id = _refund_id;
     order_id := sold.id;
     account_id := sold.account_id;
@@ -3757,6 +3763,10 @@ BEGIN
             order_id, 'purchase', _payment, held.payment_intent, held.session_id, held.customer, held.payment_method,
             held.subtotal, held.discount, held.tax, held.received, NULL
         );
+        -- What went back of it had nothing to take until now: those events are processed anew.
+        UPDATE farebox.stripe_events AS e
+           SET processed_at = NULL, outcome = NULL
+         WHERE e.outcome = 'payment_quarantined' AND e.livemode = held.livemode;
     END IF;
     UPDATE farebox.quarantine AS q
        SET resolved_at = clock_timestamp(), resolved_by = _actor, resolution = _resolution

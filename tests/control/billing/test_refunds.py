@@ -3,10 +3,12 @@ the real Stripe client."""
 
 import asyncio
 import itertools
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
+from proxy.ledger.connect import connect
 from tests.control.billing.counter import Counter
 
 
@@ -178,6 +180,47 @@ async def test_what_isnt_ours_is_left_alone(counter: Counter) -> None:
     assert await counter.refunds.apply(counter.desk.stripe.refunds.create(intent)["id"]) == "not_ours"
     assert await counter.refunds.apply("re_nobodys") == "not_ours"
     assert await counter.disputes.apply("dp_nobodys") == "not_ours"
+
+
+@pytest.mark.parametrize("kind", ["refund", "dispute"])
+async def test_what_is_paid_while_it_is_looked_for_is_not_touched_without_its_account_s_lock(
+    counter: Counter, kind: str
+) -> None:
+    """The purchase is credited between the look for the account and the look for the order."""
+    bank = counter.desk.bank
+    order, intent = await counter.paid_unseen()
+    call = {
+        "refund": "SELECT outcome FROM farebox.apply_refund($1, $2, 400, 'usd', 'succeeded', NULL, NULL)",
+        "dispute": "SELECT outcome FROM farebox.apply_dispute($1, $2, 400, 'usd', 'needs_response', true, 1)",
+    }[kind]
+    lock_accounts = await bank.owner.fetchval("SELECT pg_get_functiondef('farebox.lock_accounts'::regproc)")
+    patient = {"statement_seconds": 0, "lock_ms": 0}
+    async with AsyncExitStack() as stack:
+        apart, caller = [await connect(bank.database.owner, None, **patient) for _ in range(2)]
+        stack.push_async_callback(apart.close)
+        stack.push_async_callback(caller.close)
+        await bank.owner.execute(lock_accounts.replace("BEGIN\n", _WAITS_WHERE_NOBODY_IS_LOCKED, 1))
+        stack.push_async_callback(bank.owner.execute, lock_accounts)
+        await bank.owner.execute("SELECT pg_advisory_lock(4711)")
+        taking = asyncio.create_task(apart.fetchval(call, f"{kind}_{order.id}", intent))
+        while not await caller.fetchval(_WAITING):  # noqa: ASYNC110 - Postgres tells nobody
+            await asyncio.sleep(0.01)
+        assert (await counter.desk.till.apply_payment(payment_intent=intent)).outcome == "paid"
+        async with caller.transaction():
+            # As a call's: it has the account, and holds some of its credits.
+            await caller.execute("SELECT farebox.lock_accounts(ARRAY[$1::uuid], NULL)", order.account_id)
+            await bank.owner.execute("SELECT pg_advisory_unlock(4711)")
+            # Whoever has no lock on the account has nothing to wait for.
+            assert await asyncio.wait_for(taking, 30) == "not_ours"
+    assert await counter.money(order) == (1000, 0, 0)
+
+
+_WAITING = "SELECT count(*) FROM pg_locks WHERE objid = 4711 AND NOT granted"
+_WAITS_WHERE_NOBODY_IS_LOCKED = """BEGIN
+    IF NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = ANY (_account_ids)) THEN
+        PERFORM pg_advisory_xact_lock(4711);
+    END IF;
+"""
 
 
 async def test_a_refund_of_a_payment_in_quarantine_takes_nothing(counter: Counter) -> None:

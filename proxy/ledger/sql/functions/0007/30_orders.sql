@@ -321,6 +321,10 @@ BEGIN
             order_id, 'purchase', _payment, held.payment_intent, held.session_id, held.customer, held.payment_method,
             held.subtotal, held.discount, held.tax, held.received, NULL
         );
+        -- What went back of it had nothing to take until now: those events are processed anew.
+        UPDATE farebox.stripe_events AS e
+           SET processed_at = NULL, outcome = NULL
+         WHERE e.outcome = 'payment_quarantined' AND e.livemode = held.livemode;
     END IF;
     UPDATE farebox.quarantine AS q
        SET resolved_at = clock_timestamp(), resolved_by = _actor, resolution = _resolution

@@ -109,6 +109,7 @@ CREATE FUNCTION farebox.apply_refund(
 )
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    payer uuid;
     sold farebox.orders;
     known farebox.stripe_refunds;
     request farebox.refund_requests;
@@ -119,10 +120,12 @@ DECLARE
 BEGIN
     moved := 0;
     PERFORM farebox.lock_reference('refund', _refund_id);
-    PERFORM farebox.lock_accounts(
-        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
-    );
-    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT o.account_id INTO payer FROM farebox.orders o WHERE o.payment_intent = _payment_intent;
+    PERFORM farebox.lock_accounts(ARRAY[payer], NULL);
+    -- One that was paid since then isn't found yet: its account is not locked. Who asks again finds it.
+    SELECT * INTO sold FROM farebox.orders o
+     WHERE o.payment_intent = _payment_intent AND o.account_id = payer
+       FOR UPDATE;
     SELECT * INTO known FROM farebox.stripe_refunds r WHERE r.id = _refund_id;
     order_id := sold.id;
     account_id := sold.account_id;

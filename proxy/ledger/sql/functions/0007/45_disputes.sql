@@ -59,6 +59,7 @@ CREATE FUNCTION farebox.apply_dispute(
 )
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    payer uuid;
     sold farebox.orders;
     known farebox.disputes;
     gone_before bigint;
@@ -67,10 +68,12 @@ BEGIN
     moved := 0;
     froze := false;
     PERFORM farebox.lock_reference('dispute', _dispute_id);
-    PERFORM farebox.lock_accounts(
-        ARRAY(SELECT o.account_id FROM farebox.orders o WHERE o.payment_intent = _payment_intent), NULL
-    );
-    SELECT * INTO sold FROM farebox.orders o WHERE o.payment_intent = _payment_intent FOR UPDATE;
+    SELECT o.account_id INTO payer FROM farebox.orders o WHERE o.payment_intent = _payment_intent;
+    PERFORM farebox.lock_accounts(ARRAY[payer], NULL);
+    -- One that was paid since then isn't found yet: its account is not locked. Who asks again finds it.
+    SELECT * INTO sold FROM farebox.orders o
+     WHERE o.payment_intent = _payment_intent AND o.account_id = payer
+       FOR UPDATE;
     SELECT * INTO known FROM farebox.disputes d WHERE d.id = _dispute_id;
     order_id := sold.id;
     account_id := sold.account_id;
