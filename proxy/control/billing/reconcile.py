@@ -21,7 +21,6 @@ from proxy.control.billing.events import EventDesk
 from proxy.control.billing.listing import AtStripe, Listing, events
 from proxy.control.billing.resume import resume_events
 from proxy.control.billing.stripe_api import StripeApi
-from proxy.ledger.errors import LedgerError
 from proxy.ledger.orders import Order, OrderLedger
 from proxy.ledger.reconciliation import Booked, ReconciliationLedger
 from proxy.ledger.stripe_events import EventLedger, Taken
@@ -223,7 +222,7 @@ class Reconciler:
             return
         try:
             outcome = await self._apply_order(order.id)
-        except (StripeError, LedgerError) as error:
+        except Exception as error:  # noqa: BLE001 - as in _settle
             work.fail(f"order {order.id}: {error}")
             return
         if outcome == "paid":
@@ -232,7 +231,7 @@ class Reconciler:
     async def _finish_up(self, work: "_Run", name: str, finish: Callable[[], Awaitable[Finished]]) -> None:
         try:
             done = await finish()
-        except (StripeError, LedgerError) as error:
+        except Exception as error:  # noqa: BLE001 - as in _settle
             work.fail(f"{name}: {error}")
             return
         work.report.finished[name] = done.count
@@ -267,7 +266,7 @@ class Reconciler:
             return
         try:
             outcome = await side.apply(at.id)
-        except (StripeError, LedgerError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with this one, the others are not to wait for it
             outcome = f"it could not be applied: {error}"
         if outcome in NOTHING_DUE:
             return

@@ -18,6 +18,7 @@ from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_returns import Refund, create_refund, fetch_refund, refunds_of
 from proxy.control.billing.till import ACCOUNT_KEY, ORDER_KEY, Applied
 from proxy.control.fields import parse_uuid
+from proxy.ledger.errors import LedgerError
 from proxy.ledger.refunds import RefundApplied, RefundLedger, RefundOutcome, RefundRequest
 
 __all__ = ["REFUND_KEY", "WITH_ITS_PAYMENT", "PaymentDesk", "RefundDesk", "RefundMetrics", "Resumed"]
@@ -118,8 +119,17 @@ class RefundDesk:
                 continue
             try:
                 ended.append(await self.carry_out(request))
-            except StripeError as error:
-                log.warning("a refund request waits", request_id=str(request.id), reason=str(error))
+            except LedgerError:
+                raise
+            except Exception as error:
+                # Whatever is wrong with this one, the others are not to wait for it.
+                known = isinstance(error, StripeError)
+                log.warning(
+                    "a refund request waits",
+                    request_id=str(request.id),
+                    reason=str(error),
+                    exc_info=None if known else error,
+                )
                 waiting.append((request, str(error)))
         return Resumed(ended, waiting)
 

@@ -3,12 +3,14 @@
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
 
 from proxy.control.billing.errors import StripeAway
 from proxy.control.billing.reconcile import Difference, Reconciliation, Totals
+from proxy.control.billing.resume import resume_events
 from proxy.ledger.audit import audit
 from proxy.ledger.stripe_events import Taken
 from tests.control.billing.books import Books, open_books
@@ -191,6 +193,37 @@ async def test_a_payment_that_an_operator_credited_agrees(books: Books) -> None:
     await books.desk.orders.resolve(second, "credited", actor="test", new_id=uuid4())
     report = await nothing_left(books)
     assert report.totals["payment", "usd"] == Totals(2, 2_000, 2_000)
+
+
+async def test_what_went_back_of_a_payment_in_quarantine_is_taken_once_it_is_credited(books: Books) -> None:
+    order, _ = await books.bought()
+    second = books.stripe.checkout.pay(await books.desk.session(order))
+    assert second is not None
+    books.stripe.refunds.create(second, 400)
+    assert not (await books.run()).clean
+    # Events that have been processed are resumed by nobody.
+    resume = partial(resume_events, books.desks.event_ledger, books.desks.events, livemode=False, pause_seconds=0.0)
+    assert await resume() == (0, 0)
+    await books.desk.orders.resolve(second, "credited", actor="test", new_id=uuid4())
+    done, failed = await resume()
+    assert done > 0
+    assert failed == 0
+    assert await books.book(order.account_id) == [("purchase", 1_000), ("purchase", 1_000), ("refund", -400)]
+    await nothing_left(books)
+
+
+async def test_a_payment_that_can_t_be_applied_keeps_no_other_waiting(books: Books) -> None:
+    """Somebody has given credits by hand under the name of a payment, so that its bonus can't be given."""
+    stuck, payment = await books.bought(bonus=100)
+    await books.bank.control.grant(stuck.account_id, 5, kind="promo", reference=payment, actor="test")
+    other, its = await books.bought()
+    books.stripe.refunds.create(its, 250)
+    for found in books.stripe.events:
+        await books.desks.event_ledger.take(books.event(found), outcome="ignored")
+    report = await books.run()
+    assert [(one.id, one.here) for one in report.differences] == [(payment, None)]
+    assert "could not be credited" in report.differences[0].why
+    assert await books.book(other.account_id) == [("purchase", 1_000), ("refund", -250)]
 
 
 async def test_a_payment_that_stripe_does_not_know_is_named(database: Database, stripe: FakeStripe) -> None:
