@@ -215,7 +215,11 @@ async def test_what_is_paid_while_it_is_looked_for_is_not_touched_without_its_ac
     assert await counter.money(order) == (1000, 0, 0)
 
 
-_WAITING = "SELECT count(*) FROM pg_locks WHERE objid = 4711 AND NOT granted"
+_WAITING = """
+    SELECT count(*)
+      FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+     WHERE d.datname = current_database() AND l.objid = 4711 AND NOT l.granted
+"""
 _WAITS_WHERE_NOBODY_IS_LOCKED = """BEGIN
     IF NOT EXISTS (SELECT FROM farebox.accounts a WHERE a.id = ANY (_account_ids)) THEN
         PERFORM pg_advisory_xact_lock(4711);
