@@ -1,6 +1,6 @@
 """`make chaos`: what `make test` does in small, done for an hour, with a table of what was tried and what was found.
 
-    python -m tests.faults.chaos [--kills 1000] [--restarts 200] [--lives 5040] [--seed N] [--only NAME ...]
+    python -m tests.faults.chaos [--kills 1000] [--restarts 200] [--lives 5040] [--rounds 1000] [--seed N] [--only NAME]
 
 The seed is printed first and decides every choice made here; what the machine does meanwhile it can't decide. The exit
 status is 1 where anything was found.
@@ -26,6 +26,8 @@ from tests.control.billing.lives_scene import open_scene as open_purchases
 from tests.fakes.stripe import FakeStripe
 from tests.faults.drive import die_and_recover
 from tests.faults.judge import judge
+from tests.faults.money_in.races import WORKERS, open_race
+from tests.faults.money_in.rounds import run_batches
 from tests.faults.nursery import running_nursery
 from tests.faults.points import POINTS, Point
 from tests.faults.provider import running_provider
@@ -41,6 +43,7 @@ RESTARTS_A_ROUND = 10
 STREAMS = 50
 RESTARTS_FACTOR = 5.0
 POINTS_AT_ONCE = 4
+RACES_SAID = 50
 READERS = 1_000
 SLOW_CONNECTIONS = 2_000
 STOPPED_SECONDS = 60.0
@@ -68,6 +71,7 @@ class Chaos:
     kills: int
     restarts: int
     lives: int
+    rounds: int
 
     async def failpoints(self) -> Row:
         """Each point, each on a ledger of its own."""
@@ -180,6 +184,31 @@ class Chaos:
         row.noted = f"{len(MANNERS) * len(numbers)} lives, {attempts} webhooks, {asked} requests to Stripe"
         return row
 
+    async def money_in(self) -> Row:
+        """Deaths at random points of money in, while Stripe and the network have troubles of their own."""
+        row = Row("money in", f"{self.rounds} kill -9 at points of money in, Stripe's faults beside them")
+        async with running_nursery() as nursery:
+            found = await run_batches(
+                self.address, nursery, self._place("money"), rounds=self.rounds, seed=self.seed, say=say
+            )
+        row.noted, row.wrongs = found.told(), found.wrongs
+        return row
+
+    async def topping_up(self) -> Row:
+        """Fifty workers at one automatic top-up, cut off and unheard, again and again."""
+        row, random_ = (
+            Row("top-ups", f"{self.rounds} races of {WORKERS} workers for one top-up"),
+            random.Random(self.seed),
+        )
+        with fresh_database(self.address) as database:
+            async with open_race(database) as race:
+                while race.raced.rounds < self.rounds and not race.raced.wrongs:
+                    await race.round(random_)
+                    if race.raced.rounds % RACES_SAID == 0:
+                        say(f"  {race.raced.told()}")
+        row.noted, row.wrongs = race.raced.told(), race.raced.wrongs
+        return row
+
     def _place(self, name: str) -> Path:
         place = self.directory / name
         place.mkdir()
@@ -194,6 +223,8 @@ TRIALS: dict[str, Callable[[Chaos], Awaitable[Row]]] = {
     "slowloris": Chaos.asking_slowly,
     "stops": Chaos.stopping,
     "purchases": Chaos.living,
+    "money-in": Chaos.money_in,
+    "top-ups": Chaos.topping_up,
 }
 
 
@@ -240,6 +271,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--restarts", type=int, default=200)
     parser.add_argument("--lives", type=int, default=ORDERS)
+    parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
     given = parser.parse_args()
@@ -249,7 +281,7 @@ def main() -> None:
     directory.chmod(0o755)
     try:
         with running_cluster(run_id) as address:
-            chaos = Chaos(address, directory, given.seed, given.kills, given.restarts, given.lives)
+            chaos = Chaos(address, directory, given.seed, given.kills, given.restarts, given.lives, given.rounds)
             rows = asyncio.run(run(chaos, given.only))
     finally:
         remove_cluster(run_id)

@@ -22,7 +22,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,7 +34,10 @@ from proxy import app as composition
 from proxy.cli import app as command
 from proxy.gateway import tokens
 from proxy.ledger.bookkeeper import Bookkeeper
+from tests.faults.money_in.points import MONEY_IN
 from tests.faults.points import POINTS, Moment, Point, Seen
+
+ALL_POINTS = POINTS | MONEY_IN
 
 _DOOMED: ContextVar[bool] = ContextVar("doomed", default=False)
 """Set in the task whose next statement is the last thing that this process sends."""
@@ -88,10 +91,27 @@ def find(target: str) -> tuple[Any, str]:
     return place, name
 
 
-def hurry(factor: float) -> None:
-    """Divide every time that leases and sweeps are made of."""
+# Loops whose time isn't in ``app.Timing``: the function whose keyword it is.
+_LOOPS = {
+    "refunds_seconds": ("proxy.control.billing.resume_refunds:RefundResumer.__init__", "seconds"),
+    "refunds_age_seconds": ("proxy.control.billing.resume_refunds:RefundResumer.__init__", "age_seconds"),
+    "topups_silent_seconds": ("proxy.control.billing.autotopup:AutoTopups.__init__", "silent_seconds"),
+    "reconcile_seconds": ("proxy.control.billing.reconcile_loop:ReconcileLoop.__init__", "look_seconds"),
+}
+
+
+def hurry(factor: float, timing: Mapping[str, float] | None = None) -> None:
+    """Divide every time that leases and sweeps are made of; ``timing`` has those that are something of their own."""
     usual = composition.Timing()
-    shorter = replace(usual, **{field.name: getattr(usual, field.name) / factor for field in fields(usual)})
+    times = {field.name: getattr(usual, field.name) / factor for field in fields(usual)}
+    for name, seconds in (timing or {}).items():
+        if name in _LOOPS:
+            target, keyword = _LOOPS[name]
+            place, function = find(target)
+            getattr(place, function).__kwdefaults__[keyword] = seconds
+        else:
+            times[name] = seconds
+    shorter = replace(usual, **times)
     # What the composition root makes where it is given none.
     composition.Timing = lambda: shorter  # type: ignore[assignment,misc]
     rounds: Any = Bookkeeper.__init__.__kwdefaults__
@@ -212,13 +232,20 @@ async def _begun(work: Any) -> None:
 # Running the command, once or in a forked process for each line.
 
 
-def run(arguments: list[str], *, at: str | None, note: str | None, factor: float) -> NoReturn:
+def run(
+    arguments: list[str],
+    *,
+    at: str | None,
+    note: str | None,
+    factor: float,
+    timing: Mapping[str, float] | None = None,
+) -> NoReturn:
     """Run ``farebox ARGUMENTS`` in this process, to its end or to the point."""
-    if factor != 1:
-        hurry(factor)
+    if factor != 1 or timing:
+        hurry(factor, timing)
     if at is not None:
         assert note is not None, "a point needs a note to leave"
-        arm(POINTS[at], Path(note))
+        arm(ALL_POINTS[at], Path(note))
     command(arguments, prog_name="farebox")
     raise AssertionError("a command ends its process")
 
@@ -285,7 +312,13 @@ def _become(order: dict[str, Any]) -> NoReturn:
         os.environ.clear()
         os.environ.update(order["environment"])
         os.chdir(order["directory"])
-        run(order["arguments"], at=order["at"], note=order["note"], factor=order["factor"])
+        run(
+            order["arguments"],
+            at=order["at"],
+            note=order["note"],
+            factor=order["factor"],
+            timing=order["timing"],
+        )
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - said where the test reads it
@@ -309,7 +342,7 @@ def _say(what: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.dying", description=__doc__)
     parser.add_argument("--nursery", action="store_true", help="fork a process for each line of standard input")
-    parser.add_argument("--at", choices=POINTS, help="where to die; without it the command lives")
+    parser.add_argument("--at", choices=ALL_POINTS, help="where to die; without it the command lives")
     parser.add_argument("--note", help="the file that says that the point was reached")
     parser.add_argument("--hurry", type=float, default=1.0, help="what the times of leases and sweeps are divided by")
     parser.add_argument("arguments", nargs="*", help="those of farebox, behind --")

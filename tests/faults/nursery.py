@@ -97,9 +97,13 @@ class Nursery:
         directory: Path,
         environment: Mapping[str, str],
         factor: float = 1.0,
+        timing: Mapping[str, float] | None = None,
         at: str | None = None,
     ) -> Process:
-        """Run ``farebox ARGUMENTS`` in ``directory``, with its output, errors and note in files called ``name``."""
+        """Run ``farebox ARGUMENTS`` in ``directory``, with its output, errors and note in files called ``name``.
+
+        ``factor``: what its times are divided by; ``timing``: those of ``app.Timing`` that it shall have instead.
+        """
         assert self._process.stdin is not None
         self._number += 1
         born: asyncio.Future[Process] = asyncio.get_running_loop().create_future()
@@ -114,6 +118,7 @@ class Nursery:
             "note": str(directory / f"{name}.note"),
             "at": at,
             "factor": factor,
+            "timing": dict(timing or {}),
         }
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         return await born

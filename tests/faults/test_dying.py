@@ -15,7 +15,7 @@ from tests.faults import dying
 from tests.faults.caller import Call
 from tests.faults.judge import Verdict, counted, disturbed, judge, reported
 from tests.faults.nursery import running_nursery
-from tests.faults.points import POINTS, Moment, Point, Seen
+from tests.faults.points import Moment, Point, Seen
 from tests.faults.provider import WORD, Answer, running_provider
 from tests.faults.scene import open_scene
 from tests.postgres import Database
@@ -23,7 +23,7 @@ from tests.postgres import Database
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+@pytest.mark.parametrize("point", dying.ALL_POINTS.values(), ids=dying.ALL_POINTS)
 def test_a_point_is_where_the_table_says(point: Point) -> None:
     place, name = dying.find(point.target)
     function = getattr(place, name)
