@@ -117,6 +117,39 @@ async def test_a_migration_that_fails_leaves_nothing_of_itself(
     assert await migrate(database.owner) == [last + 2]
 
 
+async def test_calls_go_on_while_money_in_waits_for_its_tables(
+    cluster: ClusterAddress, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call locks its account, and then writes transfers: what wants both tables must take them in that order, and
+    must not stand in everybody's way while somebody reads for long."""
+    owner = cluster.dsn(OWNER, empty)
+    before = known_migrations()[:6]
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "known_migrations", lambda: before)
+        await migrate(owner)
+    call, other = await asyncpg.connect(owner), await connect(owner, lock_ms=30_000, statement_seconds=30)
+    async with call.transaction():
+        await call.execute("SELECT FROM farebox.accounts FOR NO KEY UPDATE")
+        migrating = asyncio.create_task(migrate(owner))
+        while not await other.fetchval(_WANTED):  # noqa: ASYNC110 - Postgres tells nobody
+            await asyncio.sleep(0.01)
+        # As an INSERT.
+        await call.execute("LOCK TABLE farebox.transfers IN ROW EXCLUSIVE MODE")
+        assert await other.fetchval("SELECT count(*) FROM farebox.accounts") == 0
+        assert not migrating.done()
+    assert await asyncio.wait_for(migrating, 60) == NUMBERS[6:]
+    await call.close()
+    await other.close()
+
+
+_WANTED = """
+    SELECT count(*)
+      FROM pg_locks
+     WHERE relation IN ('farebox.accounts'::regclass, 'farebox.transfers'::regclass) AND NOT granted
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
 def test_migrations_are_numbered_without_a_gap_and_never_empty() -> None:
     found = known_migrations()
     assert list(range(1, len(found) + 1)) == NUMBERS

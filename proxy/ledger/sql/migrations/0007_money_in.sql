@@ -2,6 +2,28 @@
 -- Credits are microcredits, money is minor units of its currency (cents; whole yen).
 -- serves code from: 1
 
+-- Both at once, in the order in which calls lock them, and never waited for long: behind whoever waits for a whole table
+-- all calls wait, too, and a backup or an audit may read it for minutes.
+DO $$
+DECLARE
+    patience text := current_setting('lock_timeout');
+BEGIN
+    FOR attempt IN 1..200 LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', '300ms', true);
+            LOCK TABLE farebox.accounts, farebox.transfers IN ACCESS EXCLUSIVE MODE;
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            IF attempt = 200 THEN
+                RAISE;
+            END IF;
+        END;
+        PERFORM pg_sleep(0.2 + random() / 5);
+    END LOOP;
+    PERFORM set_config('lock_timeout', patience, true);
+END
+$$;
+
 -- Which kinds there are is now one table's to say: see farebox.side_of. Checked for new rows: the old ones were narrower.
 ALTER TABLE farebox.transfers DROP CONSTRAINT known_kind;
 ALTER TABLE farebox.transfers ADD CONSTRAINT known_kind CHECK (kind IN (
