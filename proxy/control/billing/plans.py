@@ -6,7 +6,9 @@ customer, where Farebox made that. What doesn't match is held in quarantine; onc
 the invoice (the hourly reconciliation) credits it.
 
 A change of plans in the middle of a period comes as prorated lines, some of them negative. They count in proportion to
-their money, so that a customer gets credits for what was paid, and not the new plan's on top of the old one's.
+their money, so that a customer gets credits for what was paid, and not the new plan's on top of the old one's. What
+they leave to the customer's favour becomes a balance at Stripe; the credits of the plan that was given back stay, so
+that what this balance pays for brings none: or whoever goes down and up again would have them twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,7 +72,7 @@ class PlanDesk:
         if invoice.status != "paid":
             return Applied("open")
         problem = _problem(invoice, plans) if sold else "unknown_price"
-        credits = 0 if problem else credits_of(sold, plans)
+        credits = 0 if problem else _paid_for(credits_of(sold, plans), invoice)
         if problem is None and credits == 0:
             return Applied("nothing_sold")
         account_id, unnamed = await self._account(invoice)
@@ -121,6 +123,13 @@ def credits_of(sold: list[InvoiceLine], plans: Plans) -> int:
         Fraction(0),
     )
     return max(0, total.numerator // total.denominator)
+
+
+def _paid_for(credits: int, invoice: Invoice) -> int:
+    """What of them the customer pays for anew: not what their balance at Stripe pays."""
+    if invoice.from_balance == 0:
+        return credits
+    return credits * (invoice.total - invoice.from_balance) // invoice.total
 
 
 def _problem(invoice: Invoice, plans: Plans) -> str | None:

@@ -32,7 +32,8 @@ class InvoiceLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invoice:
-    """An invoice with all its lines. ``amount_paid``: what came in for it. ``metadata``: its subscription's."""
+    """An invoice with all its lines. ``amount_paid``: what came in for it; ``from_balance``: how much of ``total`` was
+    paid from what the customer has at Stripe. ``metadata``: its subscription's."""
 
     id: str
     livemode: bool
@@ -40,6 +41,8 @@ class Invoice:
     currency: str
     customer: str | None
     amount_paid: int
+    total: int
+    from_balance: int
     subtotal: int
     discount: int
     tax: int
@@ -78,6 +81,9 @@ async def invoice_of(api: StripeApi, payment_intent: str) -> str | None:
 def _invoice(found: Members, lines: tuple[InvoiceLine, ...]) -> Invoice:
     parent = found.members("parent")
     subscription = None if parent is None else parent.members("subscription_details")
+    # A balance below 0 is the customer's; it rises by what is used of it.
+    balance = found.number("starting_balance", 0)
+    used = found.number("ending_balance", balance) - balance
     return Invoice(
         id=found.text("id"),
         livemode=found.flag("livemode"),
@@ -85,6 +91,8 @@ def _invoice(found: Members, lines: tuple[InvoiceLine, ...]) -> Invoice:
         currency=found.text("currency"),
         customer=found.ref("customer"),
         amount_paid=found.number("amount_paid"),
+        total=found.number("total"),
+        from_balance=max(0, min(used, found.number("total"))),
         subtotal=found.number("subtotal"),
         discount=sum(one.number("amount") for one in found.listed("total_discount_amounts")),
         tax=sum(one.number("amount") for one in found.listed("total_taxes")),

@@ -259,6 +259,19 @@ async def test_a_change_within_the_period_counts_by_its_money(subs: Subscription
     assert await subs.desk.bank.book(account) == [("plan", 2_500)]
 
 
+async def test_what_is_paid_with_money_that_was_given_back_brings_no_credits_again(subs: Subscriptions) -> None:
+    """Down to a smaller plan and up again, as often as one likes: what is left over goes to the customer's balance at
+    Stripe, the credits stay, and the balance pays for the larger plan."""
+    account, subscription = await subs.subscribed()
+    assert await subs.apply(subs.bill(subscription)) == "paid"
+    for _ in range(3):
+        assert await subs.apply(subs.bill(subscription, balance=2_000)) == "nothing_sold"
+    assert await subs.desk.bank.book(account) == [("plan", 5_000)]
+    # A part of it, tax and all.
+    assert await subs.apply(subs.bill(subscription, tax=400, balance=600)) == "paid"
+    assert await subs.desk.bank.book(account) == [("plan", 5_000), ("plan", 3_750)]
+
+
 SMALL = a_plan("price_small", credits=1_000_000)
 LARGE = a_plan("price_large", credits=3_000_000, price=4_000)
 

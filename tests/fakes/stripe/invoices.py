@@ -111,14 +111,19 @@ class Invoices:
         tax: int = 0,
         discount: int = 0,
         proration: int = 0,
+        balance: int = 0,
         pay: bool = True,
         reason: str = "subscription_cycle",
     ) -> str:
         """A period's invoice: finalized, and paid unless ``pay`` is False. ``proration``: a second line, of a change
-        in the middle of a period. Gives the invoice's id."""
+        in the middle of a period. ``balance``: how much of it the customer's credit balance pays. Gives the invoice's
+        id."""
         with self._state.lock:
             found = self._state.find(subscription)
             invoice = self._of_subscription(found, tax, discount, proration, reason)
+            invoice |= {"starting_balance": -balance, "ending_balance": 0}
+            for name in ("amount_due", "amount_remaining"):
+                invoice[name] -= balance
             self._state.tell("invoice.created", invoice)
             invoice |= {"status": "open"}
             invoice["status_transitions"]["finalized_at"] = self._state.clock.now()
