@@ -16,7 +16,7 @@ from uuid import UUID
 
 import structlog
 
-from proxy.control.billing.errors import StripeError, StripeUnknown
+from proxy.control.billing.errors import StripeError, StripeRefused, StripeUnknown
 from proxy.control.billing.events import EventDesk
 from proxy.control.billing.listing import AtStripe, Listing, events
 from proxy.control.billing.resume import resume_events
@@ -153,16 +153,23 @@ class Reconciler:
         """
         work = _Run(Reconciliation(since), progress)
         await self._resume_events(work)
-        await self._missed_events(work)
+        await self._step(work, "events", self._missed_events(work))
         await self._unfinished_orders(work)
         for name, finish in self._finish.items():
             await self._finish_up(work, name, finish)
         for side in self._sides.values():
-            await self._compare(work, side)
-        await self._known_here_alone(work)
-        await self._unsettled(work)
+            await self._step(work, f"{side.kind}s", self._compare(work, side))
+        await self._step(work, "older payments", self._known_here_alone(work))
+        await self._step(work, "older refunds and disputes", self._unsettled(work))
         await self._undecided(work)
         return work.report
+
+    async def _step(self, work: "_Run", what: str, step: Awaitable[None]) -> None:
+        """What Stripe refuses to show us, as to a key that lacks a permission, is no reason to look at nothing else."""
+        try:
+            await step
+        except StripeRefused as refused:
+            work.fail(f"{what} could not be looked at: {refused}")
 
     # What was told, and what was begun
 

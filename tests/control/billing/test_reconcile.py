@@ -7,6 +7,7 @@ from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
+import stripe as stripe_library
 
 from proxy.control.billing.errors import StripeAway
 from proxy.control.billing.reconcile import Difference, Reconciliation, Totals
@@ -224,6 +225,31 @@ async def test_a_payment_that_can_t_be_applied_keeps_no_other_waiting(books: Boo
     assert [(one.id, one.here) for one in report.differences] == [(payment, None)]
     assert "could not be credited" in report.differences[0].why
     assert await books.book(other.account_id) == [("purchase", 1_000), ("refund", -250)]
+
+
+async def test_what_the_key_may_not_look_at_keeps_nothing_else_from_being_looked_at(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restricted key that was made before there were plans."""
+    order, payment = await books.bought()
+    refund = books.stripe.refunds.create(payment, 250)["id"]
+    for found in books.stripe.events:
+        await books.desks.event_ledger.take(books.event(found), outcome="ignored")
+
+    def refuse(client: stripe_library.StripeClient, params: object) -> None:
+        raise stripe_library.PermissionError("The key may not read invoices.", http_status=403)
+
+    invoices = books.reconciler._sides["invoice"]
+    with monkeypatch.context() as patched:
+        refused = replace(invoices, listing=replace(invoices.listing, page=refuse))
+        patched.setitem(books.reconciler._sides, "invoice", refused)
+        report = await books.run()
+    assert (mended(report, "payment"), mended(report, "refund")) == ({payment}, {refund})
+    [failure] = report.failures
+    assert "invoices" in failure
+    assert "may not read" in failure
+    assert await books.book(order.account_id) == [("purchase", 1_000), ("refund", -250)]
+    await nothing_left(books)
 
 
 async def test_a_payment_that_stripe_does_not_know_is_named(database: Database, stripe: FakeStripe) -> None:
