@@ -1,6 +1,7 @@
 """pricing.yaml and config/upstreams.yaml become a Catalog, or every problem is named where it stands."""
 
 import json
+import re
 from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
@@ -82,11 +83,13 @@ def test_what_the_shipped_files_show_in_comments_works_when_the_marks_are_taken_
     pricing, upstreams = (ROOT / "pricing.yaml").read_text(), (ROOT / "config/upstreams.yaml").read_text()
     if name == "pricing.yaml":
         shown = text[text.index("#   my-model:") : text.index("# cost needs")]
-        top = text[text.index("# credit_value:") :]
+        top = text[text.index("# credit_value:") : text.index("# What customers buy")]
+        sold = text[text.index("# packs:") :]
         pricing += "\n" + shown.replace("#   ", "  ", 1).replace("\n#   ", "\n  ").replace("\n#\n", "\n")
-        pricing += "\n" + top.replace("# ", "")
+        pricing += "\n" + top.replace("# ", "") + re.sub("^# ?", "", sold, flags=re.MULTILINE)
         catalog = catalog_of(pricing, upstreams)
         assert catalog.routes["my-model"].cost is not None
+        assert (list(catalog.offers.packs), list(catalog.offers.plans)) == (["starter"], ["price_1AbcDef"])
         assert {"web_search", "flex"} <= {
             part for name in catalog.routes["my-model"].variants for part in name.split("+")
         }
