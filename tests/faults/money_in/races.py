@@ -162,7 +162,7 @@ class Race:
         for night in (False, True):
             if night:
                 self.raced.overnight += 1
-                self.fake.clock.advance(A_DAY_SECONDS)
+                self.fake.keys.forget()
                 await self.owner.execute(
                     "UPDATE farebox.orders SET created_at = created_at - $1 * interval '1 second',"
                     " changed_at = changed_at - $1 * interval '1 second' WHERE state IN ('created', 'open', 'pending')",

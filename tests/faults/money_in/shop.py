@@ -154,7 +154,7 @@ class Shop:
             if process.alive:
                 # It may be dying: the socket ends before the process has been buried.
                 with contextlib.suppress(TimeoutError):
-                    await process.ended(5)
+                    await process.ended(ANSWER_SECONDS_MAX)
             if process.alive:
                 raise
             return None
@@ -167,7 +167,7 @@ class Shop:
 
     async def a_day_passes(self) -> None:
         """Here and at Stripe, whose keys remember nothing after it."""
-        self.fake.clock.advance(A_DAY_SECONDS)
+        self.fake.keys.forget()
         day = f"- interval '{A_DAY_SECONDS} seconds'"
         await self.sql.execute(
             f"UPDATE farebox.orders SET created_at = created_at {day}, changed_at = changed_at {day}"
