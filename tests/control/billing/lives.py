@@ -129,6 +129,8 @@ class Life:
     delivered: set[str] = field(default_factory=set)
     known: Known = field(default_factory=Known)
     spent: int = 0
+    taking: bool = False
+    """Whether a refund or a dispute may have been heard of, though nobody has learned yet that it was."""
     hold: Reserve | None = None
 
     def step(self, slot: str) -> list[Object]:
@@ -195,7 +197,8 @@ class Life:
         begin, end, cost = self.plan.spend
         bank = self.scene.bank
         # A refund takes what is left of the bonus: how much depends on what came first, and that isn't this test's.
-        late = self.plan.bonus and (self.known.refunds or self.known.disputes or begin != end)
+        heard = self.taking or self.known.refunds or self.known.disputes
+        late = self.plan.bonus and (heard or begin != end)
         if place == begin and cost and not late:
             row, found = await bank.reserve(self.key, cost)
             self.hold = row if found.outcome is ReserveOutcome.GRANTED else None
@@ -278,6 +281,7 @@ async def at_once(scene: Scene, plan: Plan) -> list[str]:
                     await send(event)
                     life.learn(event)
                 else:
+                    life.taking = life.taking or event["type"].startswith(("refund.", "charge.dispute."))
                     group.create_task(send(event))
                     group.create_task(send(event))
             await asyncio.sleep(plan.random.choice([0, 0, 0.002, 0.01]))
