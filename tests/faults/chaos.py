@@ -177,10 +177,11 @@ class Chaos:
                             if manner is at_once:
                                 troubled(stripe, self.seed)
                             part = numbers[begin : begin + LIVES_A_ROUND]
-                            row.wrongs += await lived(scene, manner, part, seed=self.seed)
-                            row.wrongs += await scene.audit()
+                            wrongs = await lived(scene, manner, part, seed=self.seed) + await scene.audit()
                         asked, attempts = asked + len(stripe.asked), attempts + len(stripe.courier.attempts)
-                    say(f"  {number * len(numbers) + begin + len(part)} lives: {len(row.wrongs)} wrong")
+                    row.wrongs += wrongs
+                    said = "".join(f"\n    {manner.__name__}: {wrong}" for wrong in wrongs)
+                    say(f"  {number * len(numbers) + begin + len(part)} lives: {len(row.wrongs)} wrong{said}")
         row.noted = f"{len(MANNERS) * len(numbers)} lives, {attempts} webhooks, {asked} requests to Stripe"
         return row
 
