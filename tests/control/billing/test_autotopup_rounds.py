@@ -92,9 +92,9 @@ async def test_rounds_of_faults_and_crashes_never_charge_an_attempt_twice(shop: 
         if number % 7 == 0:
             await _banks_decide(shop, chance)
         if number % 5 == 0:
-            await _a_day_passes(shop)
+            await _a_day_passes(shop, apis)
     shop.desk.stripe.faults.clear()
-    await _a_day_passes(shop)
+    await _a_day_passes(shop, apis)
     await shop.topups.round()
     unknown = "SELECT * FROM farebox.orders WHERE kind = 'auto' AND state = 'created'"
     assert await shop.desk.bank.owner.fetch(unknown) == []
@@ -131,8 +131,11 @@ async def _time_passes(shop: Shop, accounts: list[UUID]) -> None:
     )
 
 
-async def _a_day_passes(shop: Shop) -> None:
+async def _a_day_passes(shop: Shop, apis: Sequence[StripeApi]) -> None:
     """For attempts of which nothing is known yet; and Stripe forgets their keys, as it may by then."""
+    # No request is on its way for a day, nor does the client try it again after one: its attempts end in seconds.
+    while any(api._threads._open for api in (*apis, shop.desk.api)):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     await shop.desk.bank.owner.execute(
         "UPDATE farebox.orders SET changed_at = changed_at - interval '1 day', created_at = created_at -"
         " CASE WHEN created_at > clock_timestamp() - interval '1 day' THEN interval '1 day' ELSE '0' END"
