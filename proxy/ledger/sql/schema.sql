@@ -2749,22 +2749,19 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text) RETURNS farebox.refund_requests
+CREATE FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _actor text, _reason text) RETURNS farebox.refund_requests
     LANGUAGE plpgsql
     AS $$
 DECLARE
     at timestamptz := clock_timestamp();
-    bonus bigint := farebox.share_of(
-        _sold.bonus, farebox.gone_back(_sold.id) + _amount, _sold.received
-    ) - _sold.bonus_taken;
+    needs record := farebox.refund_needs(_sold, _amount, _purse.balance - _purse.held);
     request farebox.refund_requests;
     hold farebox.holds;
 BEGIN
-    bonus := greatest(least(bonus, _purse.balance - _purse.held - _credits), 0);
     request := (
-        _id, _sold.id, _sold.account_id, _amount, _credits,
-        farebox.reserve_lot(_sold.account_id, _sold.bonus_version, bonus),
-        farebox.reserve_lot(_sold.account_id, _sold.credit_version, _credits),
+        _id, _sold.id, _sold.account_id, _amount, needs.credits,
+        farebox.reserve_lot(_sold.account_id, _sold.bonus_version, needs.bonus),
+        farebox.reserve_lot(_sold.account_id, _sold.credit_version, needs.credits),
         'held', NULL, _actor, _reason, NULL, at, at
     )::farebox.refund_requests;
     hold := (
@@ -2777,6 +2774,31 @@ BEGIN
     );
     INSERT INTO farebox.refund_requests SELECT request.*;
     RETURN request;
+END
+$$;
+
+CREATE FUNCTION farebox.hold_again(_request farebox.refund_requests) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    sold farebox.orders;
+    hold farebox.holds;
+    purse farebox.purse := farebox.open_purse(_request.account_id);
+    needs record;
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _request.order_id;
+    needs := farebox.refund_needs(sold, _request.amount, purse.balance - purse.held);
+    UPDATE farebox.refund_requests AS r
+       SET credits = needs.credits,
+           bonus = farebox.reserve_lot(sold.account_id, sold.bonus_version, needs.bonus),
+           reserved = farebox.reserve_lot(sold.account_id, sold.credit_version, needs.credits)
+     WHERE r.id = _request.id
+    RETURNING r.* INTO _request;
+    SELECT * INTO hold FROM farebox.holds h WHERE h.id = _request.id;
+    hold.amount := _request.credits + _request.bonus;
+    PERFORM farebox.write_down(
+        ARRAY[farebox.moved(purse, NULL, 0, -hold.amount)], NULL, NULL, ARRAY[hold], clock_timestamp()
+    );
 END
 $$;
 
@@ -2923,6 +2945,25 @@ CREATE FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea
                 THEN 'done' ELSE 'conflict' END
       FROM farebox.api_keys k
      WHERE k.id = _id
+$$;
+
+CREATE FUNCTION farebox.laid_aside(_order_id uuid) RETURNS farebox.refund_requests
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    request farebox.refund_requests;
+    sold farebox.orders;
+BEGIN
+    SELECT r.* INTO request
+      FROM farebox.refund_requests r JOIN farebox.holds h ON h.id = r.id
+     WHERE r.order_id = _order_id AND r.state = 'held' AND h.state = 'open' AND h.amount = r.credits + r.bonus;
+    IF request.id IS NOT NULL THEN
+        SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
+        PERFORM farebox.unreserve_lot(sold.account_id, sold.credit_version, request.reserved);
+        PERFORM farebox.unreserve_lot(sold.account_id, sold.bonus_version, request.bonus);
+    END IF;
+    RETURN request;
+END
 $$;
 
 CREATE FUNCTION farebox.lease_length() RETURNS interval
@@ -3266,7 +3307,7 @@ BEGIN
         END;
         RETURN;
     END IF;
-    request := farebox.held_for_refund(_id, sold, purse, amount, least(due, available), _actor, _reason);
+    request := farebox.held_for_refund(_id, sold, purse, amount, _actor, _reason);
     outcome := 'done';
     request_id := request.id;
 END
@@ -3593,6 +3634,19 @@ BEGIN
     END IF;
     INSERT INTO farebox.promo_redemptions (code, account_id, version) VALUES (_code, _account_id, transfer_version);
     UPDATE farebox.promo_codes AS p SET redeemed = p.redeemed + 1 WHERE p.code = _code;
+END
+$$;
+
+CREATE FUNCTION farebox.refund_needs(_sold farebox.orders, _amount bigint, _available bigint, OUT credits bigint, OUT bonus bigint) RETURNS record
+    LANGUAGE plpgsql STABLE
+    AS $$
+DECLARE
+    upto bigint := least(farebox.gone_back(_sold.id) + _amount, _sold.received);
+BEGIN
+    credits := farebox.share_of(_sold.credits, upto, _sold.received) - _sold.taken;
+    credits := greatest(least(credits, _available), 0);
+    bonus := farebox.share_of(_sold.bonus, upto, _sold.received) - _sold.bonus_taken;
+    bonus := greatest(least(bonus, _available - credits), 0);
 END
 $$;
 
@@ -4126,14 +4180,20 @@ DECLARE
     back bigint := farebox.gone_back(_order_id);
     due bigint;
     due_bonus bigint;
+    waiting farebox.refund_requests;
+    freed bigint := _freed;
     took record;
 BEGIN
     SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
     due := farebox.share_of(sold.credits, back, sold.received) - sold.taken;
     due_bonus := farebox.share_of(sold.bonus, back, sold.received) - sold.bonus_taken;
-    IF due > 0 OR _freed > 0 THEN
+    IF _more AND (due > 0 OR due_bonus > 0) THEN
+        waiting := farebox.laid_aside(_order_id);
+        freed := freed + coalesce(waiting.credits + waiting.bonus, 0);
+    END IF;
+    IF due > 0 OR freed > 0 THEN
         took := farebox.take(
-            sold.account_id, _kind, greatest(due, 0), _reference, 'stripe', _reason, sold.credit_version, false, _freed
+            sold.account_id, _kind, greatest(due, 0), _reference, 'stripe', _reason, sold.credit_version, false, freed
         );
         IF took.taken <> greatest(due, 0) THEN
             RAISE EXCEPTION '% took % of order % before', _reference, took.taken, _order_id USING ERRCODE = 'XX001';
@@ -4161,6 +4221,9 @@ BEGIN
     UPDATE farebox.orders AS o
        SET taken = o.taken + due, bonus_taken = o.bonus_taken + due_bonus, changed_at = clock_timestamp()
      WHERE o.id = _order_id AND (due <> 0 OR due_bonus <> 0);
+    IF waiting.id IS NOT NULL THEN
+        PERFORM farebox.hold_again(waiting);
+    END IF;
     moved := due + due_bonus;
 END
 $$;
@@ -5511,7 +5574,9 @@ REVOKE ALL ON FUNCTION farebox.greater_usage(_a bigint[], _b bigint[]) FROM PUBL
 REVOKE ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.heartbeat(_worker_id uuid, _hold_ids uuid[], _usages bigint[]) TO farebox_gateway;
 
-REVOKE ALL ON FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION farebox.held_for_refund(_id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _actor text, _reason text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.hold_again(_request farebox.refund_requests) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.hold_bytes(_row farebox.holds) FROM PUBLIC;
 
@@ -5529,6 +5594,8 @@ REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body byte
 GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;
 
 REVOKE ALL ON FUNCTION farebox.known_key(_id text, _account_id uuid, _secret_hmac bytea, _rotated_from text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.laid_aside(_order_id uuid) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.lease_length() FROM PUBLIC;
 
@@ -5607,6 +5674,8 @@ GRANT ALL ON FUNCTION farebox.put_price_version(_version text, _body text) TO fa
 
 REVOKE ALL ON FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.redeem_promo(_account_id uuid, _code text, _actor text, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint, OUT retry_at timestamp with time zone) TO farebox_control;
+
+REVOKE ALL ON FUNCTION farebox.refund_needs(_sold farebox.orders, _amount bigint, _available bigint, OUT credits bigint, OUT bonus bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.refund_rank(_status text) FROM PUBLIC;
 

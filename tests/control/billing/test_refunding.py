@@ -246,15 +246,59 @@ async def test_eight_who_resume_at_once_refund_once(counter: Counter) -> None:
     assert await counter.money(order) == (0, 0, 0)
 
 
-async def test_a_refund_in_the_dashboard_meanwhile_is_no_debt_in_the_end(counter: Counter) -> None:
-    order, intent = await counter.sold()
+async def test_a_refund_in_the_dashboard_meanwhile_is_no_debt(counter: Counter) -> None:
+    order, intent = await counter.sold(bonus=100)
     counter.desk.stripe.faults.on(POST, LostRequest())
     await refused(counter, order)
     await counter.refund(intent)
-    assert await counter.money(order) == (1000, 1000, 1000)
+    assert await counter.money(order) == (0, 0, 0)
     assert await resumed(counter, order) == ["released"]
     assert await counter.money(order) == (0, 0, 0)
-    assert await counter.lots(order) == [("paid", 0, 0, 0)]
+    assert await counter.lots(order) == [("paid", 0, 0, 0), ("promo", 0, 0, 0)]
+    assert await counter.taken(order) == (1000, 100)
+
+
+@pytest.mark.parametrize("spent", [0, 50, 100, 400])
+@pytest.mark.parametrize(("asked", "disputed"), [(None, None), (300, None), (500, 400), (1000, 1)])
+async def test_a_dispute_takes_what_is_held_for_a_refund_that_stripe_then_refuses(
+    counter: Counter, asked: int | None, disputed: int | None, spent: int
+) -> None:
+    """As if the refund had never been asked for: the bonus, too, which would stay with the account otherwise."""
+    order, intent = await counter.sold(bonus=100)
+    await counter.spend(order, spent) if spent else None
+    counter.desk.stripe.faults.on(POST, LostRequest())
+    await refused(counter, order, amount=asked) if asked != 1000 else await refused(counter, order, all_left=True)
+    dispute = counter.desk.stripe.disputes.open(intent, disputed)
+    assert await counter.disputes.apply(dispute) == "taken"
+    [request] = await held(counter, order)
+    due = disputed or 1000
+    bonus_due = due * 100 // 1000
+    left = min(bonus_due, 100 - min(spent, 100))
+    assert await counter.taken(order) == (due, left)
+    balance, on_hold, debt = await counter.money(order)
+    assert balance - debt == 1100 - spent - due - left
+    # What of the payment is left may still be refunded, and is held as far as it is there.
+    assert (
+        on_hold
+        == request.credits + request.bonus
+        == min(balance, min(request.amount, 1000 - due) + min(request.bonus, 100 - left))
+    )
+    assert await resumed(counter, order) == ["released"]
+    assert await counter.money(order) == (balance, 0, debt)
+    assert [(reserved, owed) for _, _, reserved, owed in await counter.lots(order)] == [(0, 0)] * 2
+
+
+@pytest.mark.parametrize("disputed", [100, 250, 400, 700])
+async def test_a_dispute_and_a_refund_that_was_under_way_take_both(counter: Counter, disputed: int) -> None:
+    order, intent = await counter.sold(bonus=100)
+    await counter.spend(order, 300)
+    counter.desk.stripe.faults.on(POST, LostReply())
+    await refused(counter, order, amount=500)
+    await counter.disputes.apply(counter.desk.stripe.disputes.open(intent, disputed))
+    assert await resumed(counter, order) == ["done"]
+    gone = min(500 + disputed, 1000)
+    assert await counter.taken(order) == (gone, 0)
+    assert await counter.money(order) == (max(800 - gone, 0), 0, max(gone - 800, 0))
 
 
 async def test_running_calls_keep_what_they_hold(counter: Counter) -> None:

@@ -79,8 +79,7 @@ async def judge_credits(shop: Shop, accounts: list[UUID]) -> list[str]:
         orders = await _rows(shop, "SELECT * FROM farebox.orders WHERE account_id = $1", account_id)
         moves = await _rows(shop, "SELECT * FROM farebox.transfers WHERE account_id = $1", account_id)
         wrongs += _credited(at_stripe, account_id, orders, moves)
-        rows = await _rows(shop, _RELEASED, account_id)
-        wrongs += _taken_back(at_stripe, orders, moves, {row["order_id"] for row in rows})
+        wrongs += _taken_back(at_stripe, orders, moves)
     return wrongs
 
 
@@ -125,22 +124,13 @@ def _credited(at_stripe: AtStripe, account_id: UUID, orders: list[Row], moves: l
     return wrongs
 
 
-_RELEASED = "SELECT order_id FROM farebox.refund_requests WHERE account_id = $1 AND state = 'released'"
-
-
-def _taken_back(at_stripe: AtStripe, orders: list[Row], moves: list[Row], released: set[UUID]) -> list[str]:
-    """Refunded or disputed at Stripe = taken back here, to the microcredit.
-
-    ``released``: orders of which a refund was asked for, and refused. A dispute that came while their credits were held
-    for it took none of the bonus: of that goes only what is left at the time.
-    """
+def _taken_back(at_stripe: AtStripe, orders: list[Row], moves: list[Row]) -> list[str]:
+    """Refunded or disputed at Stripe = taken back here, to the microcredit."""
     wrongs, due = [], 0
     for order in orders:
         paid = order["payment_intent"] if order["state"] == "paid" else None
         back = min(at_stripe.returned(paid), order["received"]) if paid and order["received"] else 0
         shares = [order[what] * back // order["received"] if back else 0 for what in ("credits", "bonus")]
-        if order["id"] in released:
-            shares[1] = min(shares[1], order["bonus_taken"])
         due += sum(shares)
         if [order["taken"], order["bonus_taken"]] != shares:
             wrongs.append(

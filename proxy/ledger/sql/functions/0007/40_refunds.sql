@@ -37,7 +37,8 @@ $$;
 -- Brings what was taken of an order to what its refunds and disputes come to, whatever came in which order: the
 -- difference leaves the account as _kind, or comes back as _kind || '_return'. Credits that were spent are lent, as debt;
 -- of the bonus goes only what is left. _more: whether more of the money has gone back than before, or less. _freed,
--- _freed_bonus: what a hold had for it, which ends with this.
+-- _freed_bonus: what a hold had for it, which ends with this. What another request of the order holds is taken first,
+-- and the request holds what is left for it: Stripe may refuse its refund, and this has gone.
 -- The caller has taken lock_reference, locked the account, and seen that this is news: it is done once for each change.
 -- moved: the credits that left; negative: that came back.
 CREATE FUNCTION farebox.settle_takings(
@@ -50,14 +51,20 @@ DECLARE
     back bigint := farebox.gone_back(_order_id);
     due bigint;
     due_bonus bigint;
+    waiting farebox.refund_requests;
+    freed bigint := _freed;
     took record;
 BEGIN
     SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
     due := farebox.share_of(sold.credits, back, sold.received) - sold.taken;
     due_bonus := farebox.share_of(sold.bonus, back, sold.received) - sold.bonus_taken;
-    IF due > 0 OR _freed > 0 THEN
+    IF _more AND (due > 0 OR due_bonus > 0) THEN
+        waiting := farebox.laid_aside(_order_id);
+        freed := freed + coalesce(waiting.credits + waiting.bonus, 0);
+    END IF;
+    IF due > 0 OR freed > 0 THEN
         took := farebox.take(
-            sold.account_id, _kind, greatest(due, 0), _reference, 'stripe', _reason, sold.credit_version, false, _freed
+            sold.account_id, _kind, greatest(due, 0), _reference, 'stripe', _reason, sold.credit_version, false, freed
         );
         IF took.taken <> greatest(due, 0) THEN
             RAISE EXCEPTION '% took % of order % before', _reference, took.taken, _order_id USING ERRCODE = 'XX001';
@@ -85,7 +92,71 @@ BEGIN
     UPDATE farebox.orders AS o
        SET taken = o.taken + due, bonus_taken = o.bonus_taken + due_bonus, changed_at = clock_timestamp()
      WHERE o.id = _order_id AND (due <> 0 OR due_bonus <> 0);
+    IF waiting.id IS NOT NULL THEN
+        PERFORM farebox.hold_again(waiting);
+    END IF;
     moved := due + due_bonus;
+END
+$$;
+
+-- The order's request that waits for its refund. What it has of the lots is theirs again, and what it holds is the
+-- caller's to free, who calls hold_again at the end. NULL: there is none that holds anything.
+CREATE FUNCTION farebox.laid_aside(_order_id uuid) RETURNS farebox.refund_requests
+LANGUAGE plpgsql AS $$
+DECLARE
+    request farebox.refund_requests;
+    sold farebox.orders;
+BEGIN
+    SELECT r.* INTO request
+      FROM farebox.refund_requests r JOIN farebox.holds h ON h.id = r.id
+     WHERE r.order_id = _order_id AND r.state = 'held' AND h.state = 'open' AND h.amount = r.credits + r.bonus;
+    IF request.id IS NOT NULL THEN
+        SELECT * INTO sold FROM farebox.orders o WHERE o.id = _order_id;
+        PERFORM farebox.unreserve_lot(sold.account_id, sold.credit_version, request.reserved);
+        PERFORM farebox.unreserve_lot(sold.account_id, sold.bonus_version, request.bonus);
+    END IF;
+    RETURN request;
+END
+$$;
+
+-- Once what a request held is freed: it holds what it needs by now, as far as that is available.
+CREATE FUNCTION farebox.hold_again(_request farebox.refund_requests) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    sold farebox.orders;
+    hold farebox.holds;
+    purse farebox.purse := farebox.open_purse(_request.account_id);
+    needs record;
+BEGIN
+    SELECT * INTO sold FROM farebox.orders o WHERE o.id = _request.order_id;
+    needs := farebox.refund_needs(sold, _request.amount, purse.balance - purse.held);
+    UPDATE farebox.refund_requests AS r
+       SET credits = needs.credits,
+           bonus = farebox.reserve_lot(sold.account_id, sold.bonus_version, needs.bonus),
+           reserved = farebox.reserve_lot(sold.account_id, sold.credit_version, needs.credits)
+     WHERE r.id = _request.id
+    RETURNING r.* INTO _request;
+    SELECT * INTO hold FROM farebox.holds h WHERE h.id = _request.id;
+    hold.amount := _request.credits + _request.bonus;
+    PERFORM farebox.write_down(
+        ARRAY[farebox.moved(purse, NULL, 0, -hold.amount)], NULL, NULL, ARRAY[hold], clock_timestamp()
+    );
+END
+$$;
+
+-- What a request for so much of the order's payment holds, of what the account has available: the credits that go with
+-- it, and what it can of the bonus.
+CREATE FUNCTION farebox.refund_needs(
+    _sold farebox.orders, _amount bigint, _available bigint, OUT credits bigint, OUT bonus bigint
+)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    upto bigint := least(farebox.gone_back(_sold.id) + _amount, _sold.received);
+BEGIN
+    credits := farebox.share_of(_sold.credits, upto, _sold.received) - _sold.taken;
+    credits := greatest(least(credits, _available), 0);
+    bonus := farebox.share_of(_sold.bonus, upto, _sold.received) - _sold.bonus_taken;
+    bonus := greatest(least(bonus, _available - credits), 0);
 END
 $$;
 
@@ -278,30 +349,27 @@ BEGIN
         END;
         RETURN;
     END IF;
-    request := farebox.held_for_refund(_id, sold, purse, amount, least(due, available), _actor, _reason);
+    request := farebox.held_for_refund(_id, sold, purse, amount, _actor, _reason);
     outcome := 'done';
     request_id := request.id;
 END
 $$;
 
--- Holds _credits, and what of the bonus goes with them and is left. The caller has seen that so much is available.
+-- Holds what a request needs. The caller has seen that its credits are available, or may be owed.
 CREATE FUNCTION farebox.held_for_refund(
-    _id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _credits bigint, _actor text, _reason text
+    _id uuid, _sold farebox.orders, _purse farebox.purse, _amount bigint, _actor text, _reason text
 ) RETURNS farebox.refund_requests
 LANGUAGE plpgsql AS $$
 DECLARE
     at timestamptz := clock_timestamp();
-    bonus bigint := farebox.share_of(
-        _sold.bonus, farebox.gone_back(_sold.id) + _amount, _sold.received
-    ) - _sold.bonus_taken;
+    needs record := farebox.refund_needs(_sold, _amount, _purse.balance - _purse.held);
     request farebox.refund_requests;
     hold farebox.holds;
 BEGIN
-    bonus := greatest(least(bonus, _purse.balance - _purse.held - _credits), 0);
     request := (
-        _id, _sold.id, _sold.account_id, _amount, _credits,
-        farebox.reserve_lot(_sold.account_id, _sold.bonus_version, bonus),
-        farebox.reserve_lot(_sold.account_id, _sold.credit_version, _credits),
+        _id, _sold.id, _sold.account_id, _amount, needs.credits,
+        farebox.reserve_lot(_sold.account_id, _sold.bonus_version, needs.bonus),
+        farebox.reserve_lot(_sold.account_id, _sold.credit_version, needs.credits),
         'held', NULL, _actor, _reason, NULL, at, at
     )::farebox.refund_requests;
     hold := (
