@@ -9,7 +9,6 @@ from typing import Protocol
 
 import structlog
 
-from proxy.control.billing.errors import StripeUnknown
 from proxy.control.billing.refunds import WITH_ITS_PAYMENT, PaymentDesk
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_returns import Dispute, fetch_dispute
@@ -39,12 +38,9 @@ class DisputeDesk:
         self._metrics = metrics
 
     async def apply(self, dispute_id: str) -> str:
-        """Fetch the dispute and do what it says; the outcome in a word. One that Stripe doesn't know is not_ours."""
+        """Fetch the dispute and do what it says; the outcome in a word. Raises StripeUnknown."""
         asked = await self._ledger.ask()
-        try:
-            dispute = await fetch_dispute(self._api, dispute_id)
-        except StripeUnknown:
-            return RefundOutcome.NOT_OURS.value
+        dispute = await fetch_dispute(self._api, dispute_id)
         payment = dispute.payment_intent
         if payment is None:
             return RefundOutcome.NOT_OURS.value

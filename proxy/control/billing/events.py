@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
+from proxy.control.billing.errors import StripeUnknown
 from proxy.control.billing.event_types import EVENT_TYPES, Subject
 from proxy.core.keys import without_keys
 from proxy.ledger.errors import LedgerError
@@ -63,7 +64,7 @@ class EventDesk:
         return outcome
 
     async def _failed(self, event: Event, error: Exception) -> None:
-        reason = without_keys(f"{type(error).__name__}: {error}")
+        reason = without_keys(_reason(event, error))
         self._metrics.stripe_event("failed")
         log.warning("a webhook was not processed", event_id=event.id, type=event.type, reason=reason)
         try:
@@ -72,6 +73,19 @@ class EventDesk:
         except (LedgerError, TimeoutError) as trouble:
             # It is unprocessed all the same: only the reason is missing.
             log.warning("why a webhook was not processed could not be noted", event_id=event.id, reason=str(trouble))
+
+
+def _reason(event: Event, error: Exception) -> str:
+    """Why an event was not processed, and of what an operator can mend, which settings to look at."""
+    if not isinstance(error, StripeUnknown):
+        return f"{type(error).__name__}: {error}"
+    # What another business on the same account has, our key can fetch; and nothing that these types tell of is ever
+    # removed at Stripe.
+    return (
+        f"FAREBOX_STRIPE_KEY, in {'live' if event.livemode else 'test'} mode, knows no {event.object_id}: the endpoint "
+        "whose secret in FAREBOX_STRIPE_WEBHOOK_SECRETS signed this is of another Stripe account than the key. Where "
+        f"the key is the right one, `farebox stripe dismiss {event.id}` gives it up. {error}"
+    )
 
 
 def outcome_without_work(event_type: str, account: str | None) -> str | None:

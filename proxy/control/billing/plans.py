@@ -18,7 +18,6 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from proxy.control.billing.errors import StripeUnknown
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_invoices import Invoice, InvoiceLine, fetch_invoice
 from proxy.control.billing.till import ACCOUNT_KEY, Applied, TillMetrics
@@ -59,12 +58,12 @@ class PlanDesk:
         self._clock = clock
 
     async def apply(self, invoice_id: str) -> Applied:
-        """Fetch the invoice and do what it says. One that sells no plan of ours is ``not_ours``."""
+        """Fetch the invoice and do what it says. One that sells no plan of ours is ``not_ours``.
+
+        Raises StripeUnknown besides, for one that our key doesn't know.
+        """
         plans = self._plans()
-        try:
-            invoice = await fetch_invoice(self._api, invoice_id)
-        except StripeUnknown:
-            return Applied("not_ours")
+        invoice = await fetch_invoice(self._api, invoice_id)
         sold = [line for line in invoice.lines if line.price in plans]
         named = ACCOUNT_KEY in invoice.metadata
         if not sold and not named:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from proxy.control.billing.errors import StripeAway, StripeError, StripeRefused, StripeUnknown
+from proxy.control.billing.errors import StripeAway, StripeError, StripeRefused
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_returns import Refund, create_refund, fetch_refund, refunds_of
 from proxy.control.billing.till import ACCOUNT_KEY, ORDER_KEY, Applied
@@ -64,12 +64,8 @@ class RefundDesk:
         self._metrics = metrics
 
     async def apply(self, refund_id: str) -> str:
-        """Fetch the refund and do what it says; the outcome in a word. One that Stripe doesn't know is not_ours."""
-        try:
-            refund = await fetch_refund(self._api, refund_id)
-        except StripeUnknown:
-            return RefundOutcome.NOT_OURS.value
-        return await self.apply_fetched(refund)
+        """Fetch the refund and do what it says; the outcome in a word. Raises StripeUnknown."""
+        return await self.apply_fetched(await fetch_refund(self._api, refund_id))
 
     async def apply_fetched(self, refund: Refund) -> str:
         """A refund as it was fetched with our own key."""

@@ -79,17 +79,18 @@ class Till:
     ) -> Applied:
         """Fetch what is named (an order: what it is called at Stripe) and do what it says.
 
-        An id that Stripe doesn't know in this key's mode is ``not_ours``. Raises Unknown for an order that isn't there.
+        An order of another mode, or another Stripe account, than our key's is ``not_ours``. Raises StripeUnknown for a
+        PaymentIntent or session that our key doesn't know, and Unknown for an order that isn't there.
         """
         if order_id is not None:
-            return await self._apply_order(await self._orders.find(order_id))
-        try:
-            if session_id is not None:
-                return await self.apply_session(await self._api.session(session_id))
-            assert payment_intent is not None, "a payment is named by its order, its PaymentIntent or its session"
-            return await self.apply_intent(await self._api.payment_intent(payment_intent))
-        except StripeUnknown:
-            return _NOT_OURS
+            try:
+                return await self._apply_order(await self._orders.find(order_id))
+            except StripeUnknown:
+                return _NOT_OURS
+        if session_id is not None:
+            return await self.apply_session(await self._api.session(session_id))
+        assert payment_intent is not None, "a payment is named by its order, its PaymentIntent or its session"
+        return await self.apply_intent(await self._api.payment_intent(payment_intent))
 
     async def apply_session(self, session: Session) -> Applied:
         """A fetched Checkout Session, its PaymentIntent with it."""

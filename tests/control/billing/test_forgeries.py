@@ -183,8 +183,6 @@ async def test_what_an_event_says_of_its_object_is_not_believed(trap: Trap) -> N
     intent = {"id": declined, "object": "payment_intent", "status": "succeeded", "amount_received": 1000}
     told = {"id": "evt_declined", "type": "payment_intent.succeeded", "data": {"object": intent}}
     assert await trap.tell(true, **told) == "open"
-    assert await claim("cs_test_nobodys", None, 3) == "not_ours"
-    assert await claim("pi_3Nobodys", None, 4) == "not_ours"
     await desk.api.call(lambda client: client.v1.checkout.sessions.expire(session))
     assert await claim(session, "pi_1", 5) == "expired"
     later = await desk.session(order := await desk.order())
@@ -273,6 +271,34 @@ async def test_what_doesnt_match_its_order_is_held_in_quarantine(
     assert await trap.reason(intent) == reason
     assert await trap.credits() == before
     assert {(await desk.orders.find(order.id)).state for order in (own, theirs)} == {"created"}
+
+
+@pytest.mark.parametrize(
+    ("event_type", "subject", "object_id"),
+    [
+        ("checkout.session.completed", "checkout.session", "cs_test_nobodys"),
+        ("payment_intent.succeeded", "payment_intent", "pi_3Nobodys"),
+    ],
+)
+async def test_what_our_key_doesnt_know_waits_with_the_reason(
+    trap: Trap, event_type: str, subject: str, object_id: str
+) -> None:
+    """Truly signed: the endpoint's secret is of another Stripe account than the key."""
+    about = {"id": object_id, "object": subject}
+    event = json.loads(trap.body) | {"id": f"evt_{object_id}", "type": event_type, "data": {"object": about}}
+    body = json.dumps(event).encode()
+    headers = {"stripe-signature": header(body, int(time.time()))}
+    for _ in range(2):
+        answer = await trap.endpoint.http.post(PATH, content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "event_unprocessed")
+    [left] = [state for state in await trap.endpoint.events.newest(limit=99) if state.event.id == event["id"]]
+    assert (left.outcome, left.processed_at) == (None, None)
+    assert left.error is not None
+    for part in (object_id, "FAREBOX_STRIPE_KEY", "FAREBOX_STRIPE_WEBHOOK_SECRETS", "test mode", "dismiss"):
+        assert part in left.error, left.error
+    assert await trap.endpoint.events.finish(event["id"], "dismissed by test")
+    answer = await trap.endpoint.http.post(PATH, content=body, headers=headers)
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "known")
 
 
 @pytest.mark.parametrize("discount", [1, 500, 1000])

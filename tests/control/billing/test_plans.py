@@ -8,6 +8,7 @@ from uuid import UUID
 
 import pytest
 
+from proxy.control.billing.errors import StripeUnknown
 from proxy.control.billing.plans import PlanDesk, credits_of
 from proxy.control.billing.stripe_invoices import InvoiceLine
 from proxy.control.billing.till import ACCOUNT_KEY, Applied
@@ -157,7 +158,8 @@ async def test_what_is_another_business_s_is_left_alone(subs: Subscriptions) -> 
     account, subscription = await subs.subscribed(subs.desk.stripe.invoices.price(2_000))
     invoice = subs.bill(subscription)
     assert await subs.apply(invoice) == "not_ours"
-    assert await subs.apply("in_unknown") == "not_ours"
+    with pytest.raises(StripeUnknown):
+        await subs.apply("in_unknown")
     assert await subs.desk.bank.book(account) == []
     assert invoice not in {held.payment for held in await subs.desk.orders.quarantine(limit=1_000)}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from proxy.control.billing.errors import StripeUnknown
 from proxy.ledger.connect import connect
 from tests.control.billing.counter import Counter
 
@@ -178,8 +179,9 @@ async def test_what_isnt_ours_is_left_alone(counter: Counter) -> None:
     intent = counter.desk.stripe.checkout.pay(session)
     assert intent is not None
     assert await counter.refunds.apply(counter.desk.stripe.refunds.create(intent)["id"]) == "not_ours"
-    assert await counter.refunds.apply("re_nobodys") == "not_ours"
-    assert await counter.disputes.apply("dp_nobodys") == "not_ours"
+    for desk, unknown in ((counter.refunds, "re_nobodys"), (counter.disputes, "dp_nobodys")):
+        with pytest.raises(StripeUnknown):
+            await desk.apply(unknown)
 
 
 @pytest.mark.parametrize("kind", ["refund", "dispute"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.control.billing.errors import StripeAway
+from proxy.control.billing.errors import StripeAway, StripeUnknown
 from proxy.control.billing.till import ACCOUNT_KEY, ORDER_KEY
 from proxy.ledger.orders import Order
 from tests.control.billing.till import Desk
@@ -76,9 +76,14 @@ async def test_what_isnt_ours_is_left_alone(desk: Desk) -> None:
     intent = desk.stripe.checkout.pay(session)
     assert (await desk.till.apply_payment(session_id=session)).outcome == "not_ours"
     assert (await desk.till.apply_payment(payment_intent=intent)).outcome == "not_ours"
-    assert (await desk.till.apply_payment(payment_intent="pi_nobodys")).outcome == "not_ours"
-    assert (await desk.till.apply_payment(session_id="cs_nobodys")).outcome == "not_ours"
     assert await desk.balance(order) == 0
+
+
+async def test_what_stripe_doesnt_know_is_not_taken_for_anothers(desk: Desk) -> None:
+    with pytest.raises(StripeUnknown):
+        await desk.till.apply_payment(payment_intent="pi_nobodys")
+    with pytest.raises(StripeUnknown):
+        await desk.till.apply_payment(session_id="cs_nobodys")
 
 
 async def test_a_payment_that_names_anothers_account_waits(desk: Desk) -> None:
@@ -197,6 +202,13 @@ async def test_an_order_that_nobody_was_sent_to_pay_expires(desk: Desk) -> None:
 async def test_an_order_of_the_other_mode_is_left_alone(desk: Desk) -> None:
     order = await desk.order(livemode=True)
     assert (await desk.till.apply_payment(order.id)).outcome == "not_ours"
+
+
+async def test_an_order_whose_session_this_stripe_account_doesnt_know_is_left_alone(desk: Desk) -> None:
+    order = await desk.order()
+    await desk.orders.opened(order.id, f"cs_elsewhere{order.id.hex}", "https://example.com/pay")
+    assert (await desk.till.apply_payment(order.id)).outcome == "not_ours"
+    assert (await desk.orders.find(order.id)).state == "open"
 
 
 async def test_what_was_shown_in_another_currency_is_credited_as_ours(desk: Desk) -> None:
