@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from proxy.control.billing.errors import StripeAway, StripeError, StripeRefused
+from proxy.control.billing.errors import StripeAway, StripeError, StripeRefused, StripeUnknown
 from proxy.control.billing.off_session import cancel_payment, find_payment, request_payment
 from proxy.control.billing.stripe_api import StripeApi
 from proxy.control.billing.stripe_objects import PaymentIntent
@@ -39,6 +39,8 @@ SILENT_SECONDS = 60.0
 """Longer than whoever opened an attempt takes to hear of it."""
 KEY_SECONDS = 23 * 3_600.0
 """For so long after an attempt was opened it is asked for under its key: Stripe keeps one for a day at least."""
+ON_ITS_WAY_SECONDS = 30 * 86_400.0
+"""Longer than any payment takes to succeed or fail: a bank's debit takes two weeks at most."""
 DAY_MAX = 10
 """Attempts of one account in 24 hours, whatever became of them: a threshold above the pack must not empty a card."""
 ACCOUNTS_MAX = 50
@@ -138,16 +140,18 @@ class AutoTopups:
 
         Raises StripeAway and StripeRefused where that can't be said; it stays open, and counts as spent.
         """
-        if order.payment_intent is not None:
-            return await self._took(order, await self._api.payment_intent(order.payment_intent))
-        found = await find_payment(self._api, order)
+        age_seconds = await self._ledger.age_seconds(order.id)
+        try:
+            found = await self._existing(order)
+        except StripeUnknown:
+            # Its payment was made, and our key is of another Stripe account now: there it may still succeed.
+            if age_seconds < ON_ITS_WAY_SECONDS:
+                raise
+            return await self._never_heard_of(order)
         if found is not None:
             return await self._took(order, found)
-        if await self._ledger.age_seconds(order.id) < KEY_SECONDS:
-            return await self._request(order)
-        # Nobody asks for it any more, and it was never made.
-        log.error("an automatic top-up was never heard of", order_id=str(order.id), account=str(order.account_id))
-        return await self._failed(order, "no_answer", None)
+        # Once its time is over nobody asks for it any more, and it was never made.
+        return await (self._request(order) if age_seconds < KEY_SECONDS else self._never_heard_of(order))
 
     async def send_link(self, failed: Order) -> None:
         """The bank wants its customer: they are sent to a checkout, in place of a payment that can't be made then."""
@@ -164,6 +168,22 @@ class AutoTopups:
             await self._ledger.linked(failed, None)
             return
         await self._ledger.linked(failed, link.id)
+
+    async def _existing(self, order: Order) -> PaymentIntent | None:
+        """What was made of the attempt; None where nothing is found. Raises StripeUnknown where something was."""
+        if order.payment_intent is not None:
+            return await self._api.payment_intent(order.payment_intent)
+        try:
+            return await find_payment(self._api, order)
+        except StripeUnknown as unknown:
+            # A customer who was deleted has nothing to charge; of one who has paid before, the same key brings the same
+            # payment again, and otherwise the till finds it by its metadata.
+            log.warning("the customer of an automatic top-up is gone", order_id=str(order.id), reason=str(unknown))
+            return None
+
+    async def _never_heard_of(self, order: Order) -> Applied:
+        log.error("an automatic top-up was never heard of", order_id=str(order.id), account=str(order.account_id))
+        return await self._failed(order, "no_answer", None)
 
     async def _request(self, order: Order) -> Applied:
         try:

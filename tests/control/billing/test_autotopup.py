@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from proxy.control.billing.errors import StripeAway
+from proxy.control.billing.errors import StripeAway, StripeUnknown
 from proxy.ledger.autotopups import Opened
 from proxy.ledger.orders import Order
 from tests.control.billing.shop import PACK, Shop, an_offer
@@ -142,6 +142,50 @@ async def test_a_payment_that_was_made_is_found_before_it_is_asked_for_again(sho
     shop.desk.stripe.keys.forget()
     assert (await shop.topups.go_on(order)).outcome == "paid"
     assert await shop.charged(account) == [1_000]
+
+
+@pytest.mark.parametrize("paid", [True, False])
+@pytest.mark.parametrize("hours", [1, 24])
+async def test_an_attempt_whose_customer_was_deleted_meanwhile_comes_to_its_end(
+    shop: Shop, *, paid: bool, hours: float
+) -> None:
+    """Stripe lists nothing of a customer that is there no more. What was paid is credited, whoever finds it."""
+    account = await shop.account()
+    customer = await shop.customer(account)
+    shop.desk.stripe.faults.on(CREATE, LostReply() if paid else LostRequest())
+    order = await lost(shop, account)
+    await shop.desk.api.call(lambda client: client.v1.customers.delete(customer))
+    await age(shop, order, hours=hours)
+    outcome = (await shop.topups.go_on(order)).outcome
+    asked = [one for one in shop.desk.stripe.asked if one.name == CREATE and str(order.id) in repr(one)]
+    assert len(asked) == paid + (hours < 23), "and the request that was lost"
+    assert outcome == ("paid" if paid and hours < 23 else "failed")
+    if outcome == "failed":
+        problem = "payment_method_gone" if hours < 23 else "no_answer"
+        assert (await shop.state(account)).problem == problem
+    assert (await shop.state(account)).attempt is None
+    for charge in shop.desk.stripe.payments.charges(customer):
+        await shop.desk.till.apply_payment(payment_intent=charge["payment_intent"])
+    assert await shop.charged(account) == ([1_000] if paid else [])
+    assert await shop.balance(account) == (1_105 if paid else 5)
+
+
+@pytest.mark.parametrize("days", [20, 31])
+async def test_a_payment_on_its_way_that_stripe_no_longer_knows_is_waited_for_a_month(shop: Shop, days: int) -> None:
+    """The key is of another Stripe account now, perhaps by mistake. No second attempt while the first may still come."""
+    account = await shop.account("processing")
+    assert await attempt(shop, account) == "pending"
+    [order] = await shop.attempts(account)
+    assert order.payment_intent is not None
+    shop.desk.stripe.state.remove(order.payment_intent)
+    await age(shop, order, hours=days * 24)
+    if days < 30:
+        with pytest.raises(StripeUnknown):
+            await shop.topups.go_on(order)
+        assert (await shop.state(account)).attempt == order.id
+    else:
+        assert (await shop.topups.go_on(order)).outcome == "failed"
+        assert (await shop.state(account)).problem == "no_answer"
 
 
 async def age(shop: Shop, order: Order, *, hours: float) -> None:

@@ -273,6 +273,8 @@ class Checkout:
         return self._state.get("checkout.session", call.id, call.live)
 
     def _list(self, call: Call) -> Object:
+        if "customer" in call.params:
+            self._state.get("customer", call.params["customer"], call.live, param="customer")
         sessions = self._state.all("checkout.session", call.live)
         filters = ("customer", "payment_intent", "status")
         return listed(sessions, call, "/v1/checkout/sessions", filters=filters)

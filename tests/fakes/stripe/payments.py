@@ -315,6 +315,8 @@ class Payments:
         return intent
 
     def _list(self, call: Call) -> Object:
+        if "customer" in call.params:
+            self._state.get("customer", call.params["customer"], call.live, param="customer")
         intents = self._state.all("payment_intent", call.live)
         return listed(intents, call, "/v1/payment_intents", filters=("customer",))
 
