@@ -172,7 +172,7 @@ async def test_an_attempt_whose_customer_was_deleted_meanwhile_comes_to_its_end(
 
 @pytest.mark.parametrize("days", [20, 31])
 async def test_a_payment_on_its_way_that_stripe_no_longer_knows_is_waited_for_a_month(shop: Shop, days: int) -> None:
-    """The key is of another Stripe account now, perhaps by mistake. No second attempt while the first may still come."""
+    """The key is of another Stripe account now, maybe by mistake. No second attempt while the first may still come."""
     account = await shop.account("processing")
     assert await attempt(shop, account) == "pending"
     [order] = await shop.attempts(account)
