@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 
 from proxy.local.postgres import ClusterAddress
+from tests.memory import fast_directory
 from tests.postgres import Database, fresh_database, remove_cluster, running_cluster
 
 RUN_ID = pytest.StashKey[str]()
@@ -45,7 +46,7 @@ def pytest_configure_node(node: object) -> None:
 def state_path() -> Iterator[Path]:
     """Where a test may have a state directory of its own. Its path is short, as a socket's must be, and everybody may
     pass through it: else PostgreSQL, started by root, would keep its data outside, and they would stay there."""
-    parent = Path(tempfile.mkdtemp(prefix="fb"))
+    parent = Path(tempfile.mkdtemp(prefix="fb", dir=fast_directory()))
     parent.chmod(0o755)
     yield parent / "state"
     shutil.rmtree(parent, ignore_errors=True)

@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from proxy.ledger.migrate import migrate
 from proxy.local.locks import FileLock
 from proxy.local.postgres import APP, OWNER, SUPERUSER, Cluster, ClusterAddress
 from proxy.local.state import StateDirectory
+from tests.memory import fast_directory
 
 TEMPLATE = "farebox_template"
 LINGER_SECONDS = 900.0
@@ -43,7 +43,7 @@ class Database:
 
 def run_directory(run_id: str) -> Path:
     """Where a run's cluster lies; the same for all its workers. Short, because a socket's path must be."""
-    return Path(tempfile.gettempdir()) / f"farebox-test-{os.getuid()}-{run_id[:12]}"
+    return fast_directory() / f"farebox-test-{os.getuid()}-{run_id[:12]}"
 
 
 @contextlib.contextmanager

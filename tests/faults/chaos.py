@@ -36,6 +36,7 @@ from tests.faults.scene import FACTOR, open_scene
 from tests.faults.stopping import stopped_and_continued
 from tests.faults.trouble import Found, kill_round, restart_round
 from tests.hostile import slow_readers, slowloris
+from tests.memory import fast_directory
 from tests.postgres import fresh_database, remove_cluster, running_cluster
 
 KILLS_A_ROUND = 10
@@ -278,7 +279,7 @@ def main() -> None:
     given = parser.parse_args()
     say(f"seed {given.seed}; leases divided by {FACTOR:.0f} ({RESTARTS_FACTOR:.0f} where PostgreSQL restarts)")
     # Short, since sockets lie below it, and to be passed through by whom PostgreSQL runs as.
-    directory, run_id = Path(tempfile.mkdtemp(prefix="fbc")), secrets.token_hex(6)
+    directory, run_id = Path(tempfile.mkdtemp(prefix="fbc", dir=fast_directory())), secrets.token_hex(6)
     directory.chmod(0o755)
     try:
         with running_cluster(run_id) as address:
