@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["fast_directory"]
 
-MEMORY = Path("/dev/shm")  # noqa: S108 (what is made there has names of its own)
+MEMORY = Path("/dev/shm")
 BYTES_MIN = 4 << 30
 """Some hundred MiB are used. A container has 64 MiB there unless it was told otherwise."""
 
