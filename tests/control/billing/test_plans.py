@@ -1,10 +1,11 @@
 """Subscriptions' paid invoices, from the fake Stripe into a real ledger: credited once each, or held in quarantine."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
-from uuid import UUID
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -13,7 +14,9 @@ from proxy.control.billing.plans import PlanDesk, credits_of
 from proxy.control.billing.stripe_invoices import InvoiceLine
 from proxy.control.billing.till import ACCOUNT_KEY, Applied
 from proxy.core.packs import Plan
-from proxy.ledger.orders import Order
+from proxy.ledger.connect import Connection, Pool, Role, connect
+from proxy.ledger.errors import Conflict
+from proxy.ledger.orders import Order, OrderLedger
 from proxy.ledger.plans import PlanLedger
 from tests.control.billing.till import Desk
 
@@ -252,6 +255,47 @@ async def test_what_was_dismissed_stays_so(subs: Subscriptions) -> None:
     subs.plans[price] = plan
     assert await subs.apply(invoice) == "dismissed"
     assert await subs.desk.bank.book(account) == []
+
+
+@pytest.mark.parametrize("first", ["credited", "dismissed"])
+async def test_an_invoice_is_credited_or_dismissed_and_never_both(subs: Subscriptions, first: str) -> None:
+    """Its plan is mended, and while one connection credits it an operator dismisses it on another; or the reverse."""
+    price = subs.plan()
+    account, subscription = await subs.subscribed(price)
+    plan = subs.plans[price]
+    subs.plans[price] = a_plan(price, price=1, currency="usd")
+    invoice = subs.bill(subscription)
+    assert await subs.apply(invoice) == "quarantined"
+    subs.plans[price] = plan
+
+    async def credit(connection: Connection) -> str:
+        ledger = PlanLedger(cast(Pool, connection))
+        desk = PlanDesk(subs.desk.api, ledger, subs.desk.orders, lambda: subs.plans)
+        return (await desk.apply(invoice)).outcome
+
+    async def dismiss(connection: Connection) -> str:
+        try:
+            await OrderLedger(cast(Pool, connection)).resolve(invoice, "dismissed", actor="test", new_id=uuid4())
+        except Conflict:
+            return "conflict"
+        return "dismissed"
+
+    steps = (credit, dismiss) if first == "credited" else (dismiss, credit)
+    async with AsyncExitStack() as stack:
+        dsn = subs.desk.bank.database.app
+        one, other = [await connect(dsn, Role.CONTROL, lock_ms=0, statement_seconds=0) for _ in steps]
+        stack.push_async_callback(one.close)
+        stack.push_async_callback(other.close)
+        pid = await other.fetchval("SELECT pg_backend_pid()")
+        async with one.transaction():
+            assert await steps[0](one) == ("paid" if first == "credited" else "dismissed")
+            late = asyncio.create_task(steps[1](other))
+            blocked = "SELECT cardinality(pg_blocking_pids($1)) > 0"
+            while not late.done() and not await subs.desk.bank.owner.fetchval(blocked, pid):  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        assert await late == ("conflict" if first == "credited" else "dismissed")
+    assert (await subs.desk.orders.quarantined(invoice)).resolution == first
+    assert await subs.desk.bank.book(account) == ([("plan", 5_000)] if first == "credited" else [])
 
 
 async def test_a_change_within_the_period_counts_by_its_money(subs: Subscriptions) -> None:

@@ -286,6 +286,8 @@ DECLARE
 BEGIN
     PERFORM farebox.lock_reference('promo', _payment);
     PERFORM farebox.lock_reference('purchase', _payment);
+    -- An invoice may be credited by pay_plan at this moment.
+    PERFORM farebox.lock_reference('plan', _payment);
     PERFORM farebox.lock_accounts(ARRAY(
         SELECT o.account_id FROM farebox.quarantine q JOIN farebox.orders o ON o.id = q.order_id
          WHERE q.payment = _payment
