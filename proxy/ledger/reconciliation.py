@@ -33,7 +33,8 @@ class Booked:
     """What is known here of one of Stripe's objects. ``amount``: minor units that count by it; None: nothing is known.
 
     ``state``: Stripe's status of a refund or dispute, as it was last fetched. ``reason`` and ``resolution``: why a
-    payment is in quarantine, and what an operator decided about it.
+    payment is in quarantine, and what an operator decided about it. ``whole``: of a dispute, all of the payment, which
+    one in another currency than the order's (``currency``) counts as.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Booked:
     state: str | None
     reason: str | None
     resolution: str | None
+    whole: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ payment that isn't credited yet is nobody's.
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -268,6 +268,7 @@ class Reconciler:
         """One object: counted where the books agree, else applied and looked at once more."""
         if known.resolution == DISMISSED:
             return
+        at = _as_counted(at, known)
         if _agree(at, known):
             work.count(side.kind, at, known)
             return
@@ -292,7 +293,8 @@ class Reconciler:
             fresh = await side.listing.one(self._api, at.id)
         except StripeError:
             fresh = at
-        return fresh, (await side.booked([fresh]))[at.id]
+        known = (await side.booked([fresh]))[at.id]
+        return _as_counted(fresh, known), known
 
     async def _known_here_alone(self, work: "_Run") -> None:
         """Payments that orders were paid by in that time: made earlier, or nothing that Stripe knows of."""
@@ -367,6 +369,14 @@ class _Run:
             totals.here += known.amount or 0
         else:
             self.report.totals[kind, known.currency].here += known.amount or 0
+
+
+def _as_counted(at: AtStripe, known: Booked) -> AtStripe:
+    """What an object at Stripe comes to here: a dispute in another currency than the order's is one of the whole
+    payment (``farebox.apply_dispute``)."""
+    if known.whole is None or known.currency in (None, at.currency):
+        return at
+    return replace(at, currency=known.currency, amount=known.whole if at.amount else 0)
 
 
 def _agree(at: AtStripe, known: Booked) -> bool:

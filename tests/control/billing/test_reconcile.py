@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Literal
 from uuid import UUID, uuid4
 
 import pytest
@@ -86,6 +87,27 @@ async def test_without_a_single_webhook_all_of_it_is_applied(books: Books) -> No
     assert await books.book(account) == [("plan", 5_000)]
     assert (await books.desk.orders.search(invoice)) is not None
     await nothing_left(books)
+
+
+@pytest.mark.parametrize("ending", ["won", "lost"])
+async def test_a_dispute_in_another_currency_is_compared_as_what_it_counts_as(
+    books: Books, ending: Literal["won", "lost"]
+) -> None:
+    """As one of the whole payment, which is what it has taken here."""
+    order, payment = await books.bought(tax=200)
+    dispute = books.stripe.disputes.open(payment, 950)
+    books.stripe.state.find(dispute)["currency"] = "eur"
+    report = await books.run()
+    assert (report.clean, report.differences) == (True, [])
+    assert totals(report)["dispute", "usd"] == Totals(1, 1_200, 1_200)
+    assert await books.book(order.account_id) == [("purchase", 1_000), ("dispute", -1_000)]
+    await nothing_left(books)
+    books.stripe.disputes.move(dispute, ending)
+    report = await books.run()
+    assert (report.clean, mended(report, "dispute")) == (True, set())
+    won = [("dispute_return", 1_000)] if ending == "won" else []
+    assert await books.book(order.account_id) == [("purchase", 1_000), ("dispute", -1_000), *won]
+    assert ("dispute", "eur") not in totals(await nothing_left(books))
 
 
 async def test_the_lists_alone_suffice_where_the_events_are_gone(books: Books) -> None:
