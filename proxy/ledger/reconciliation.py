@@ -24,8 +24,8 @@ _UNSETTLED = report("unsettled_returns")
 _KNOWN_EVENTS = report("known_events")
 PAGE = 1_000
 
-# Any number, as long as it is always the same, and no other lock's: one process reconciles at a time.
-_LOCK = 0x6661_7265_626F_7802
+# Any numbers, as long as they are always the same, and no other lock's: one process compares over each time.
+_LOCKS = {"recent": 0x6661_7265_626F_7802, "month": 0x6661_7265_626F_7803}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +115,11 @@ class ReconciliationLedger:
             return await self._pool.fetch(query, *arguments)
 
 
-async def try_lock(connection: Connection) -> bool:
-    """Whether nobody else reconciles: the lock is this connection's until it ends. Raises LedgerUnavailable."""
+async def try_lock(connection: Connection, name: str) -> bool:
+    """Whether nobody else reconciles over that one of WINDOWS: the lock is this connection's until it ends. Raises
+    LedgerUnavailable."""
     with translated():
-        return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK))
+        return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCKS[name]))
 
 
 def _booked(rows: list[asyncpg.Record]) -> dict[str, Booked]:

@@ -1,12 +1,15 @@
 """Reconciliation by itself: hourly over the last three days, daily over the last thirty, by one server at a time.
 
+Each of the two goes by itself, so that a month that takes long, or always fails, doesn't keep the hour's from its turn.
 An advisory lock says who is at it; the ledger says when it was done last, so that many workers don't do it more often
 than one. Nothing waits for it. What it finds is in the metrics of every server, whoever found it.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import structlog
 
@@ -33,15 +36,14 @@ class Span:
 
 
 SPANS: Mapping[str, Span] = {
-    # The longer one first: where both are due, it leaves the other nothing to do.
-    "month": Span(timedelta(days=30), timedelta(days=1)),
     "recent": Span(timedelta(hours=72), timedelta(hours=1)),
+    "month": Span(timedelta(days=30), timedelta(days=1)),
 }
 """By the ledger's names (``reconciliation.WINDOWS``)."""
 
 
 class ReconcileLoop:
-    """Reconciles in a loop. ``open_connection`` gives one for the lock, acting as ``Role.CONTROL``.
+    """Reconciles in a loop for each span. ``open_connection`` gives one for the lock, acting as ``Role.CONTROL``.
 
     ``observe`` is told after each round of the last reconciliation of each span.
     """
@@ -59,35 +61,39 @@ class ReconcileLoop:
         self._ledger = ledger
         self._open_connection = open_connection
         self._observe = observe
-        self._rounds = Rounds(
-            self.round, seconds=look_seconds, complaint="not reconciled", expected=(*EXPECTED, StripeError)
-        )
+        self._rounds = [
+            Rounds(
+                partial(self.round, name),
+                seconds=look_seconds,
+                complaint=f"not reconciled ({name})",
+                expected=(*EXPECTED, StripeError),
+            )
+            for name in SPANS
+        ]
 
     def start(self) -> None:
         """Begin; the first round comes soon."""
-        self._rounds.start()
+        for rounds in self._rounds:
+            rounds.start()
 
     async def stop(self) -> None:
         """End. What is under way is cut off: the next one begins anew, and everything may be done twice."""
-        await self._rounds.stop()
+        await asyncio.gather(*(rounds.stop() for rounds in self._rounds))
 
-    async def round(self) -> None:
-        """Reconcile what is due, unless another server is at it."""
-        if self._due(await self._ledger.last()):
+    async def round(self, name: str) -> None:
+        """Reconcile over that one of SPANS, if it is due and no other server is at it."""
+        if self._due(name, await self._ledger.last()):
             # A connection for the round: the lock is its session's, and is gone with it whatever happens.
             connection = await self._open_connection()
             try:
-                if await try_lock(connection):
-                    for name in self._due(await self._ledger.last()):
-                        await self._reconcile(name)
+                if await try_lock(connection, name) and self._due(name, await self._ledger.last()):
+                    await self._reconcile(name)
             finally:
                 connection.terminate()
         self._observe(await self._ledger.last())
 
-    def _due(self, last: Mapping[str, LastReconciliation]) -> list[str]:
-        now = datetime.now(UTC)
-        due = [name for name, span in SPANS.items() if name not in last or now - last[name].finished_at >= span.every]
-        return due[:1]
+    def _due(self, name: str, last: Mapping[str, LastReconciliation]) -> bool:
+        return name not in last or datetime.now(UTC) - last[name].finished_at >= SPANS[name].every
 
     async def _reconcile(self, name: str) -> None:
         report = await reconcile_and_note(self._reconciler, self._ledger, datetime.now(UTC) - SPANS[name].back)
@@ -112,8 +118,7 @@ async def reconcile_and_note(
     """Reconcile all that was made since then, and leave a note of it for each span that this covers."""
     started_at = datetime.now(UTC)
     report = await reconciler.run(since, progress=progress)
-    longest = _span_of(since, started_at)
-    for name in list(SPANS)[list(SPANS).index(longest) :] if longest else []:
+    for name in _covered(since, started_at):
         await ledger.note(
             name,
             started_at,
@@ -124,7 +129,6 @@ async def reconcile_and_note(
     return report
 
 
-def _span_of(since: datetime, now: datetime) -> str | None:
-    """The longest of SPANS that a look back to ``since`` covers; None: not even the shortest."""
-    covered = [name for name, span in SPANS.items() if now - since >= span.back - timedelta(minutes=1)]
-    return covered[0] if covered else None
+def _covered(since: datetime, now: datetime) -> list[str]:
+    """Those of SPANS that a look back to ``since`` covers."""
+    return [name for name, span in SPANS.items() if now - since >= span.back - timedelta(minutes=1)]

@@ -1,15 +1,17 @@
 """Reconciliation by itself: when it is due, one server at a time, and what the metrics are told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 import pytest
 
 from proxy.control.billing.errors import StripeAway
+from proxy.control.billing.reconcile import Reconciler, Reconciliation
 from proxy.control.billing.reconcile_loop import SPANS, ReconcileLoop, reconcile_and_note
 from proxy.ledger.connect import Connection, Role, connect
-from proxy.ledger.reconciliation import WINDOWS, LastReconciliation
+from proxy.ledger.reconciliation import WINDOWS, LastReconciliation, try_lock
 from tests.control.billing.books import Books, open_books
 from tests.fakes.stripe import FakeStripe, Unavailable
 from tests.ledger.bank import open_bank
@@ -37,6 +39,11 @@ class Server:
     async def _connection(self) -> Connection:
         return await connect(self.books.bank.database.app, Role.CONTROL)
 
+    async def round(self) -> None:
+        """What is due of both spans, the shorter one first."""
+        for name in SPANS:
+            await self.loop.round(name)
+
     def _observe(self, last: Mapping[str, LastReconciliation]) -> None:
         self.told.append(dict(last))
         self.heard.set()
@@ -60,57 +67,102 @@ def test_the_spans_are_those_that_the_ledger_knows() -> None:
 
 async def test_hourly_over_days_and_daily_over_a_month(books: Books) -> None:
     server = Server(books)
-    await server.loop.round()
+    await server.loop.round("recent")
     assert listings(books) == 1
-    # A month's covers three days.
-    assert set(server.told[-1]) == {"month", "recent"}
-    await server.loop.round()
-    assert listings(books) == 1
-    await server.pass_time(HOUR)
-    await server.loop.round()
-    await server.loop.round()
+    assert set(server.told[-1]) == {"recent"}
+    await server.round()
     assert listings(books) == 2
+    assert set(server.told[-1]) == {"month", "recent"}
+    await server.round()
+    assert listings(books) == 2
+    await server.pass_time(HOUR)
+    await server.round()
+    await server.round()
+    assert listings(books) == 3
     assert server.told[-1]["recent"].finished_at - server.told[-1]["month"].finished_at >= HOUR
     await server.pass_time(timedelta(days=1))
-    await server.loop.round()
-    await server.loop.round()
-    assert listings(books) == 3
+    await server.round()
+    await server.round()
+    assert listings(books) == 5
+    # A month's covers three days.
+    await server.pass_time(timedelta(days=1))
+    await server.loop.round("month")
+    await server.loop.round("recent")
+    assert listings(books) == 6
 
 
 async def test_several_servers_compare_once(books: Books) -> None:
     servers = [Server(books) for _ in range(4)]
     order, _ = await books.bought()
-    await asyncio.gather(*(server.loop.round() for server in servers))
+    await asyncio.gather(*(server.loop.round("recent") for server in servers))
     assert listings(books) == 1
     assert await books.book(order.account_id) == [("purchase", 1_000)]
     for server in servers:
-        await server.loop.round()
+        await server.loop.round("recent")
         assert server.told[-1]["recent"].differing == 0
     assert listings(books) == 1
+    await asyncio.gather(*(server.round() for server in servers))
+    assert listings(books) == 2
 
 
-async def test_while_another_is_at_it_nothing_is_compared(books: Books) -> None:
+@pytest.mark.parametrize("name", WINDOWS)
+async def test_while_another_is_at_it_nothing_is_compared(books: Books, name: str) -> None:
     server = Server(books)
     holder = await connect(books.bank.database.app, Role.CONTROL)
-    assert await holder.fetchval("SELECT pg_try_advisory_lock($1)", 0x6661_7265_626F_7802)
-    await server.loop.round()
+    assert await try_lock(holder, name)
+    await server.loop.round(name)
     assert listings(books) == 0
     # Whoever dies gives it free.
     holder.terminate()
     async with asyncio.timeout(10):
         while listings(books) == 0:
-            await server.loop.round()
+            await server.loop.round(name)
+
+
+class Stuck:
+    """A reconciler whose look back over more than some days never ends, or always fails."""
+
+    def __init__(self, books: Books, *, fails: bool) -> None:
+        self._reconciler = books.reconciler
+        self._fails = fails
+        self.asked = 0
+
+    async def run(self, since: datetime, *, progress: Callable[[str], None] = lambda line: None) -> Reconciliation:
+        if datetime.now(UTC) - since < timedelta(days=10):
+            return await self._reconciler.run(since, progress=progress)
+        self.asked += 1
+        if self._fails:
+            raise StripeAway("the test says so")
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_month_that_takes_for_ever_or_fails_holds_up_nobody(books: Books, *, fails: bool) -> None:
+    server, stuck = Server(books), Stuck(books, fails=fails)
+    loop = ReconcileLoop(
+        cast(Reconciler, stuck), books.ledger, server._connection, observe=server._observe, look_seconds=0.01
+    )
+    loop.start()
+    try:
+        async with asyncio.timeout(30):
+            while listings(books) < 3 or not stuck.asked:
+                await server.pass_time(HOUR)
+                await asyncio.sleep(0.01)
+    finally:
+        await loop.stop()
+    assert set(await books.ledger.last()) == {"recent"}
 
 
 async def test_what_differs_is_told_until_it_is_gone(books: Books) -> None:
     server = Server(books)
     order, _ = await books.bought()
-    await server.loop.round()
+    await server.loop.round("recent")
     clean_at = server.told[-1]["recent"].clean_at
     assert clean_at is not None
     books.stripe.checkout.pay(await books.desk.session(order))
     await server.pass_time(HOUR)
-    await server.loop.round()
+    await server.loop.round("recent")
     told = server.told[-1]["recent"]
     assert (told.differing, told.clean_at) == (1, clean_at)
 
@@ -119,8 +171,8 @@ async def test_where_stripe_is_away_it_is_due_still(books: Books) -> None:
     server = Server(books)
     books.stripe.faults.on("GET /v1/payment_intents", Unavailable())
     with pytest.raises(StripeAway):
-        await server.loop.round()
-    await server.loop.round()
+        await server.loop.round("month")
+    await server.loop.round("month")
     assert listings(books) == 2
     assert set(server.told[-1]) == {"month", "recent"}
 
