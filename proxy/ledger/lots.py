@@ -88,26 +88,39 @@ async def draw_behind(connection: Connection, *, breath_seconds: float = BREATH_
 
 
 async def expire(connection: Connection) -> int:
-    """Take what is left of expired lots; how much it was, in microcredits. Raises LedgerUnavailable.
+    """Take what is left of expired lots, of about EXPIRED_ACCOUNTS_MAX accounts; how much it was, in microcredits.
 
-    An account for which that fails keeps no other waiting.
+    However many accounts it fails for, they keep no other waiting. Raises LedgerUnavailable.
     """
-    total = 0
+    total, done, after = 0, 0, None
     with translated():
-        accounts = await connection.fetch("SELECT * FROM farebox.expired_accounts($1)", EXPIRED_ACCOUNTS_MAX)
-        for [account_id] in accounts:
-            try:
-                await draw_account(connection, account_id)
-                took = await connection.fetchval("SELECT farebox.expire_lots($1)", account_id)
-            except (asyncpg.PostgresError, LedgerUnavailable) as error:
-                if connection.is_closed():
-                    raise
-                log.error("credits did not expire", account=str(account_id), reason=str(error))
-                continue
-            if took:
-                log.info("credits expired", account=str(account_id), microcredits=took)
-            total += took
+        while done < EXPIRED_ACCOUNTS_MAX:
+            accounts = await connection.fetch(
+                "SELECT * FROM farebox.expired_accounts($1, $2)", after, EXPIRED_ACCOUNTS_MAX
+            )
+            for [account_id] in accounts:
+                took = await _expire_account(connection, account_id)
+                total += took or 0
+                done += took is not None
+            if len(accounts) < EXPIRED_ACCOUNTS_MAX:
+                break
+            after = accounts[-1][0]
     return total
+
+
+async def _expire_account(connection: Connection, account_id: UUID) -> int | None:
+    """What expired of this account; None: it can't be said, and the log says why."""
+    try:
+        await draw_account(connection, account_id)
+        took: int = await connection.fetchval("SELECT farebox.expire_lots($1)", account_id)
+    except (asyncpg.PostgresError, LedgerUnavailable) as error:
+        if connection.is_closed():
+            raise
+        log.error("credits did not expire", account=str(account_id), reason=str(error))
+        return None
+    if took:
+        log.info("credits expired", account=str(account_id), microcredits=took)
+    return took
 
 
 async def _draw_batch(connection: Connection, account_ids: list[UUID]) -> asyncpg.Record | None:

@@ -246,20 +246,46 @@ async def test_the_server_draws_and_expires_by_itself(own_bank: Bank) -> None:
 
 
 async def test_an_account_whose_lots_are_broken_keeps_no_other_s_credits_from_expiring(own_bank: Bank) -> None:
-    accounts = []
-    for _ in range(4):
-        account, key = await own_bank.open_account()
-        await grant(own_bank, account.id, 50, kind="promo", expires_at=datetime.now(UTC) + SOON)
-        row, _ = await own_bank.reserve(key, 20)
-        await own_bank.finalize(row, 20)
-        await pass_end(own_bank, account.id)
-        accounts.append(account.id)
+    accounts = await with_expired_lots(own_bank, 4)
     broken = min(accounts)
-    await own_bank.owner.execute("UPDATE farebox.lots SET remaining = 10 WHERE account_id = $1", broken)
+    await break_lots(own_bank, [broken])
     control = await connect(own_bank.database.app, Role.CONTROL)
     assert await expire(control) == 90
     await control.close()
     assert [(await own_bank.money(id))[0] for id in accounts] == [30 if id == broken else 0 for id in accounts]
+
+
+async def test_so_many_broken_accounts_as_are_looked_at_once_keep_no_other_waiting(
+    own_bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lots_pass, "EXPIRED_ACCOUNTS_MAX", 2)
+    accounts = sorted(await with_expired_lots(own_bank, 8))
+    broken, healthy = accounts[:5], accounts[5:]
+    await break_lots(own_bank, broken)
+    control = await connect(own_bank.database.app, Role.CONTROL)
+    # Not all that there are in one round: the lots of others are to be drawn meanwhile.
+    assert [await expire(control) for _ in range(3)] == [60, 30, 0]
+    await control.close()
+    assert [(await own_bank.money(id))[0] for id in healthy] == [0, 0, 0]
+    assert [(await own_bank.money(id))[0] for id in broken] == [30] * 5
+
+
+async def with_expired_lots(bank: Bank, count: int) -> list[UUID]:
+    """Accounts with 30 microcredits each that should be gone by now."""
+    accounts = []
+    for _ in range(count):
+        account, key = await bank.open_account()
+        await grant(bank, account.id, 50, kind="promo", expires_at=datetime.now(UTC) + SOON)
+        row, _ = await bank.reserve(key, 20)
+        await bank.finalize(row, 20)
+        await pass_end(bank, account.id)
+        accounts.append(account.id)
+    return accounts
+
+
+async def break_lots(bank: Bank, accounts: list[UUID]) -> None:
+    """The calls have drawn more than there is."""
+    await bank.owner.execute("UPDATE farebox.lots SET remaining = 10 WHERE account_id = ANY ($1)", accounts)
 
 
 async def test_a_round_ends_though_others_write_all_the_time(own_bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:

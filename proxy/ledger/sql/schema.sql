@@ -2260,7 +2260,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION farebox.expired_accounts(_limit integer) RETURNS SETOF uuid
+CREATE FUNCTION farebox.expired_accounts(_after uuid, _limit integer) RETURNS SETOF uuid
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
@@ -2268,7 +2268,7 @@ CREATE FUNCTION farebox.expired_accounts(_limit integer) RETURNS SETOF uuid
         SELECT l.account_id, l.expires_at, l.remaining - l.reserved - l.owed AS free
           FROM farebox.lots l JOIN farebox.accounts a ON a.id = l.account_id
          WHERE l.expires_at <= clock_timestamp() AND l.remaining > 0 AND l.remaining > l.reserved + l.owed
-           AND a.balance > a.held
+           AND a.balance > a.held AND (_after IS NULL OR l.account_id > _after)
     ), open AS MATERIALIZED (
         SELECT h.account_id, h.opened_at, h.amount
           FROM farebox.holds h
@@ -2281,6 +2281,7 @@ CREATE FUNCTION farebox.expired_accounts(_limit integer) RETURNS SETOF uuid
                  FROM open o
                 WHERE o.account_id = e.account_id AND o.opened_at < e.expires_at
            )
+     ORDER BY e.account_id
      LIMIT _limit
 $$;
 
@@ -5522,8 +5523,8 @@ GRANT ALL ON FUNCTION farebox.expire_holds(_limit integer, _restart_grace interv
 REVOKE ALL ON FUNCTION farebox.expire_lots(_account_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.expire_lots(_account_id uuid) TO farebox_control;
 
-REVOKE ALL ON FUNCTION farebox.expired_accounts(_limit integer) FROM PUBLIC;
-GRANT ALL ON FUNCTION farebox.expired_accounts(_limit integer) TO farebox_control;
+REVOKE ALL ON FUNCTION farebox.expired_accounts(_after uuid, _limit integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION farebox.expired_accounts(_after uuid, _limit integer) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.extend(_hold_id uuid, _account_id uuid, _worker_id uuid, _by bigint, _at_least bigint, OUT granted bigint, OUT total bigint, OUT state text) TO farebox_gateway;

@@ -1,13 +1,14 @@
 -- Lots that have expired: what no hold may still draw leaves the account.
 
--- Accounts of which expire_lots would take something now. Looks without locks; _limit of them at most.
-CREATE FUNCTION farebox.expired_accounts(_limit integer) RETURNS SETOF uuid
+-- Accounts of which expire_lots would take something now, by their ids: those after _after (NULL: from the beginning),
+-- _limit of them at most. Looks without locks.
+CREATE FUNCTION farebox.expired_accounts(_after uuid, _limit integer) RETURNS SETOF uuid
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH expired AS MATERIALIZED (
         SELECT l.account_id, l.expires_at, l.remaining - l.reserved - l.owed AS free
           FROM farebox.lots l JOIN farebox.accounts a ON a.id = l.account_id
          WHERE l.expires_at <= clock_timestamp() AND l.remaining > 0 AND l.remaining > l.reserved + l.owed
-           AND a.balance > a.held
+           AND a.balance > a.held AND (_after IS NULL OR l.account_id > _after)
     ), open AS MATERIALIZED (
         SELECT h.account_id, h.opened_at, h.amount
           FROM farebox.holds h
@@ -20,6 +21,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
                  FROM open o
                 WHERE o.account_id = e.account_id AND o.opened_at < e.expires_at
            )
+     ORDER BY e.account_id
      LIMIT _limit
 $$;
 
