@@ -10,12 +10,11 @@ from proxy.cli.arguments import AsJson, DatabaseUrl
 from proxy.cli.output import EXIT_FAILED, CommandFailed, Output, reporting, table_of
 from proxy.cli.serve import configure_logs
 from proxy.cli.session import actor, with_control
+from proxy.control.billing.desks import open_desks
 from proxy.control.billing.refunding import Refunder, RefundTerms, refund_view
 from proxy.control.billing.refunds import RefundDesk, Resumed
-from proxy.control.billing.till import Till
 from proxy.ledger.connect import Pool
-from proxy.ledger.orders import OrderLedger
-from proxy.ledger.refunds import RefundLedger
+from proxy.metrics import Metrics
 from proxy.settings import load
 
 __all__ = ["refund"]
@@ -79,9 +78,10 @@ def _at_the_counter(work: Callable[[RefundDesk, Refunder], Awaitable[Result]], d
     api = stripe_api(settings)
 
     async def over(pool: Pool) -> Result:
-        orders, ledger = OrderLedger(pool), RefundLedger(pool)
-        desk = RefundDesk(api, ledger, Till(api, orders))
-        return await work(desk, Refunder(orders, ledger, desk, livemode=api.livemode))
+        # Without plans, which are for payments that aren't known yet: what is refunded here is an order that was paid.
+        desks = open_desks(api, pool, dict, metrics=Metrics())
+        refunder = Refunder(desks.orders, desks.refund_requests, desks.refunds, livemode=api.livemode)
+        return await work(desks.refunds, refunder)
 
     try:
         return with_control(over, database_url, purpose="farebox refund")

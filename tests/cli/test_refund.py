@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 
 from tests.cli.conftest import Farebox, Ran
+from tests.control.billing.books import open_books
 from tests.control.billing.till import open_desk
 from tests.fakes.stripe import FakeStripe, LostReply
 from tests.ledger.bank import open_bank
@@ -64,6 +65,22 @@ def test_an_order_is_refunded_by_its_id_and_by_its_payment(
     assert farebox("accounts", "show", str(one.account), "--json").json["balance"] == "0"
     assert "All of" in failed(farebox("refund", str(one.order), "--json"), "refund_refunded")
     assert "All of" in failed(farebox("refund", str(one.order), "--all-left", "--json"), "refund_refunded")
+
+
+def test_a_subscription_s_month_is_refunded_by_its_invoice(
+    farebox: Farebox, fake: FakeStripe, module_database: Database
+) -> None:
+    async def billed() -> tuple[UUID, str]:
+        async with open_bank(module_database, size=1) as bank, open_books(bank, fake) as books:
+            account, subscription = await books.subscribed()
+            invoice = fake.invoices.bill(subscription, tax=400)
+            assert (await books.desks.plan_desk.apply(invoice)).outcome == "paid"
+            return account, invoice
+
+    account, invoice = asyncio.run(billed())
+    part = farebox("refund", invoice, "--amount", "6.00", "--json").json
+    assert (part["state"], part["credits"]) == ("done", "0.00125")
+    assert farebox("accounts", "show", str(account), "--json").json["balance"] == "0.00375"
 
 
 def test_the_same_name_is_the_same_refund(farebox: Farebox, fake: FakeStripe, module_database: Database) -> None:
