@@ -97,10 +97,8 @@ class Outbox:
     async def failed(self, message: Message, error: str, *, again_seconds: float | None) -> None:
         """This attempt has failed; the next one is due in ``again_seconds``, None: there will be none."""
         again = None if again_seconds is None else timedelta(seconds=again_seconds)
-        await self._rows(
-            "SELECT farebox.message_failed($1, $2, $3, $4)",
-            *(message.id, message.attempts, error[:ERROR_CHARS_MAX], again),
-        )
+        text = error.replace("\0", "?").encode(errors="replace").decode()[:ERROR_CHARS_MAX]
+        await self._rows("SELECT farebox.message_failed($1, $2, $3, $4)", message.id, message.attempts, text, again)
 
     async def messages(
         self, *, state: MessageState | None = None, after: UUID | None = None, limit: int = 100

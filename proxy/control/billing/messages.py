@@ -150,6 +150,19 @@ class MessageSender:
         return tried
 
     async def _send(self, message: Message, post: Post) -> None:
+        try:
+            await self._post_signed(message, post)
+        except PostFailed as error:
+            await self._failed(message, str(error))
+        except Exception as error:
+            # Nothing that we know of; tried for ever it would be worse than given up.
+            log.error("a message could not be posted", message=message.webhook_id, exc_info=error)
+            await self._failed(message, f"{type(error).__name__}: {error}")
+        else:
+            await self._outbox.delivered(message.id)
+            self._observe.message("delivered")
+
+    async def _post_signed(self, message: Message, post: Post) -> None:
         message_id, timestamp, body = message.webhook_id, int(self._clock()), message.payload.encode()
         headers = [
             ("content-type", "application/json"),
@@ -157,13 +170,7 @@ class MessageSender:
             ("webhook-timestamp", str(timestamp)),
             ("webhook-signature", sign(self._keys, message_id, timestamp, body)),
         ]
-        try:
-            await post(body, headers)
-        except PostFailed as error:
-            await self._failed(message, str(error))
-        else:
-            await self._outbox.delivered(message.id)
-            self._observe.message("delivered")
+        await post(body, headers)
 
     async def _failed(self, message: Message, reason: str) -> None:
         again = RETRY_SECONDS[message.attempts - 1] if message.attempts <= len(RETRY_SECONDS) else None

@@ -167,6 +167,36 @@ async def test_an_endpoint_that_is_not_there_is_asked_for_three_days(bank: Bank,
     await post.close()
 
 
+async def test_what_nobody_has_thought_of_is_a_failed_attempt_too_and_keeps_no_other_message_waiting(
+    bank: Bank, outbox: Outbox, post: HttpPost
+) -> None:
+    account, other = (await bank.open_account())[0], (await bank.open_account())[0]
+    await tell(bank, account.id)
+    await tell(bank, other.id)
+    metrics, attempts = Metrics(), 0
+
+    async def broken(body: bytes, headers: Sequence[tuple[str, str]]) -> None:
+        nonlocal attempts
+        if str(other.id) in body.decode():
+            await post(body, headers)
+            return
+        attempts += 1
+        # Text that Postgres does not take as it is.
+        raise RuntimeError("a \0")
+
+    sending = MessageSender(outbox, broken, [signing_key(SECRET)], observe=metrics)
+    assert await sending.round() == 2
+    [waiting] = await outbox.messages(state="waiting")
+    assert (waiting.account_id, waiting.attempts, waiting.error) == (account.id, 1, "RuntimeError: a ?")
+    assert await seconds_to_wait(bank, waiting) <= RETRY_SECONDS[0] * 1.1 + 1
+    await due_now(bank)
+    while await sending.round():
+        await due_now(bank)
+    assert attempts == len(RETRY_SECONDS) + 1
+    assert sorted(message.state for message in await outbox.messages()) == ["delivered", "given_up"]
+    assert metrics.registry.get_sample_value("farebox_messages_given_up") == 1
+
+
 async def eventually(look: Callable[[], Awaitable[object]]) -> None:
     """Until there is something to see."""
     for _ in range(1_000):
