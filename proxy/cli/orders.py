@@ -99,7 +99,9 @@ def show(
 
 @app.command()
 def resolve(
-    payment: Annotated[str, typer.Argument(metavar="PAYMENT", help="The payment in quarantine: pi_... or cs_...")],
+    payment: Annotated[
+        str, typer.Argument(metavar="PAYMENT", help="The payment in quarantine: pi_..., cs_... or in_...")
+    ],
     credit: Annotated[
         bool, typer.Option("--credit", help="It buys what its order asked for, whatever came in.")
     ] = False,
