@@ -139,10 +139,11 @@ def test_the_standard_library_s_loggers_are_redacted_too(sink: Sink, stdlib_name
 @pytest.fixture
 def clean_logging() -> Iterator[None]:
     root = logging.getLogger()
-    before = root.handlers, root.level
+    handlers, level, propagate = root.handlers, root.level, root.propagate
     yield
     structlog.reset_defaults()
-    root.handlers, root.level = before
+    root.handlers, root.propagate = handlers, propagate
+    root.setLevel(level)
 
 
 @pytest.mark.usefixtures("clean_logging")

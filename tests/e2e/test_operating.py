@@ -30,7 +30,9 @@ def log() -> Iterator[io.StringIO]:
     configure(Redactor([PEPPER, ADMIN_TOKEN]), stream=sink, level=logging.DEBUG)
     yield sink
     structlog.reset_defaults()
-    root.handlers, root.level, root.propagate = handlers, level, propagate
+    root.handlers, root.propagate = handlers, propagate
+    # Not by the attribute: loggers remember what they may say until they are told so.
+    root.setLevel(level)
 
 
 @pytest.fixture
