@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from proxy.control.billing.errors import StripeAway, StripeUnknown
+from proxy.control.billing.errors import StripeAway, StripeRefused, StripeUnknown
 from proxy.ledger.autotopups import Opened
 from proxy.ledger.orders import Order
 from tests.control.billing.shop import PACK, Shop, an_offer
@@ -104,6 +105,30 @@ async def test_an_attempt_without_an_answer_is_gone_on_with_and_charged_once(sho
     assert (await shop.topups.go_on(order)).outcome == "known"
     assert await shop.charged(account) == [1_000]
     assert await shop.balance(account) == 1_105
+    asked = [one for one in shop.desk.stripe.asked if one.name == CREATE and str(order.id) in repr(one)]
+    assert {one.key for one in asked} == {str(order.id)}
+
+
+async def test_a_key_that_stands_for_another_payment_is_neither_replaced_nor_taken_for_a_refusal(shop: Shop) -> None:
+    """Whoever used it: nobody knows what it did. The attempt stays open, and counts, until the key's time is over."""
+    account = await shop.account()
+    shop.desk.stripe.faults.on(CREATE, LostRequest())
+    order = await lost(shop, account)
+    params: Any = {"amount": 1, "currency": "usd"}
+    options: Any = {"idempotency_key": str(order.id)}
+    await shop.desk.api.call(lambda client: client.v1.payment_intents.create(params, options))
+    before = len(shop.desk.stripe.asked)
+    for _ in range(2):
+        with pytest.raises(StripeRefused) as refused:
+            await shop.topups.go_on(order)
+        assert refused.value.code == "idempotency_error"
+    assert [one.key for one in shop.desk.stripe.asked[before:] if one.name == CREATE] == [str(order.id)] * 2
+    state = await shop.state(account)
+    assert (state.attempt, state.spent, state.problem) == (order.id, 1_000, None)
+    await age(shop, order, hours=24)
+    assert (await shop.topups.go_on(order)).outcome == "failed"
+    assert (await shop.state(account)).problem == "no_answer"
+    assert await shop.charged(account) == []
 
 
 async def test_a_key_that_remembers_a_failure_is_never_replaced_by_another(shop: Shop) -> None:

@@ -138,6 +138,11 @@ async def test_what_breaks_on_the_way_to_stripe_is_gone_on_with(shop: Shop, path
     shop.desk.stripe.checkout.pay(stored.session_id)
     assert (await shop.desk.till.apply_payment(stored.id)).outcome == "paid"
     assert len(await shop.desk.orders.list_orders(shop.key.account_id)) == 1
+    # What Stripe keeps a failure under is followed by the next; nothing else is.
+    customer = f"customer:{shop.key.account_id}:test"
+    for made, key in (("/v1/customers", customer), ("/v1/checkout/sessions", str(stored.id))):
+        failed = made == path and isinstance(fault, ErrorBefore | ErrorAfter)
+        assert {asked.key for asked in shop.made(made)} == ({key, f"{key}:2"} if failed else {key})
 
 
 async def test_a_page_that_we_never_heard_of_is_found_again(shop: Shop) -> None:

@@ -149,6 +149,37 @@ async def test_whatever_becomes_of_the_call_there_is_one_refund(counter: Counter
     assert states == ["done"]
     assert refunds_at_stripe(counter, intent) == [1000]
     assert await counter.money(order) == (0, 0, 0)
+    # Under one key, which is the request's id: that of the refund's own metadata.
+    [made] = [one for one in counter.desk.stripe.state.all("refund") if one["payment_intent"] == intent]
+    asked = [
+        one for one in counter.desk.stripe.asked if one.name == POST and made["metadata"]["farebox_order"] in repr(one)
+    ]
+    assert {one.key for one in asked} == {made["metadata"]["farebox_refund"]}
+
+
+async def test_a_key_that_stands_for_another_refund_is_neither_replaced_nor_taken_for_a_refusal(
+    counter: Counter,
+) -> None:
+    """Whoever used it: nobody knows what it did. The credits stay held until Stripe has forgotten the key."""
+    order, intent = await counter.sold()
+    _, other = await counter.sold()
+    counter.desk.stripe.faults.on(POST, LostRequest())
+    await refused(counter, order)
+    [request] = await held(counter, order)
+    params: Any = {"payment_intent": other, "amount": 1}
+    options: Any = {"idempotency_key": str(request.id)}
+    await counter.desk.api.call(lambda client: client.v1.refunds.create(params, options))
+    before = len(counter.desk.stripe.asked)
+    resumed_now = await counter.refunds.carry_on([request])
+    [(waiting, why)] = resumed_now.waiting
+    assert (waiting.id, resumed_now.ended) == (request.id, [])
+    assert str(request.id) in why
+    assert [one.key for one in counter.desk.stripe.asked[before:] if one.name == POST] == [str(request.id)]
+    assert [one.state for one in await held(counter, order)] == ["held"]
+    assert await counter.money(order) == (1000, 1000, 0)
+    counter.desk.stripe.clock.advance(DAY + 1)
+    assert await resumed(counter, order) == ["done"]
+    assert refunds_at_stripe(counter, intent) == [1000]
 
 
 async def test_a_lost_answer_is_found_when_the_key_is_long_forgotten(counter: Counter) -> None:
