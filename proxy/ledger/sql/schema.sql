@@ -274,7 +274,7 @@ CREATE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
     SET work_mem TO '64MB'
     SET parallel_setup_cost TO '0'
     SET parallel_tuple_cost TO '0'
-    SET min_parallel_table_scan_size TO '0'
+    SET min_parallel_table_scan_size TO '1MB'
     SET jit TO 'off'
     AS $$
 BEGIN

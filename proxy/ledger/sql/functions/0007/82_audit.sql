@@ -105,8 +105,8 @@ $$;
 
 CREATE OR REPLACE FUNCTION farebox.audit() RETURNS SETOF farebox.audit_check
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off SET work_mem = '64MB'
--- As many processes as there may be, whatever the planner thinks of the cost of starting them.
-SET parallel_setup_cost = 0 SET parallel_tuple_cost = 0 SET min_parallel_table_scan_size = 0 SET jit = off
+-- As many processes as there may be, whatever the planner thinks of their cost; on small tables starting them is all of it.
+SET parallel_setup_cost = 0 SET parallel_tuple_cost = 0 SET min_parallel_table_scan_size = '1MB' SET jit = off
 AS $$
 BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_visibility();
