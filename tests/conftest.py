@@ -1,5 +1,6 @@
 """Fixtures for every test: a PostgreSQL for the run, a database for the test."""
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from tests.memory import fast_directory
 from tests.postgres import Database, fresh_database, remove_cluster, running_cluster
 
 RUN_ID = pytest.StashKey[str]()
+WORKERS_MAX = 12
 
 # The same examples in every run, and no clock among the judges: the machine may be busy with something else.
 hypothesis.settings.register_profile(
@@ -40,6 +42,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_configure_node(node: object) -> None:
     """Tell an xdist worker which run it belongs to."""
     node.workerinput["farebox_run"] = node.config.stash[RUN_ID]  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two more than there are processors: many tests wait for processes, leases and deadlines. At most so many, since
+    all of them share PostgreSQL's connections."""
+    return min((os.cpu_count() or 1) + 2, WORKERS_MAX)
 
 
 @pytest.fixture
