@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -11,9 +12,11 @@ from proxy.ledger.audit import Check, audit, audit_since_last, book_state
 from proxy.ledger.bookkeeper import Bookkeeper, seal
 from proxy.ledger.connect import Connection, Role, connect
 from proxy.ledger.errors import LedgerUnavailable
+from proxy.ledger.orders import OrderLedger
 from proxy.ledger.records import ApiKey, Mark
 from tests.ledger.bank import Bank
 from tests.ledger.test_audit import lively
+from tests.ledger.test_orders import a_new_order, a_payment
 
 
 @pytest.fixture
@@ -117,6 +120,71 @@ async def test_what_is_wrong_with_the_new_is_found_and_found_again(
     await superuser.close()
     assert await broken(keeper) == expected
     assert await broken(keeper) == expected, "what was found wrong isn't taken for seen"
+
+
+PAID, HAVE, GAVE, BOOK = (
+    "paid_orders_were_credited",
+    "purchases_have_their_order",
+    "orders_gave_up_what_their_refunds_say",
+    "the_book_has_what_orders_gave_up",
+)
+TAMPERED_ORDERS = [
+    ("UPDATE farebox.orders SET credits = credits + 1 WHERE bonus > 0", {PAID}),
+    ("UPDATE farebox.orders SET bonus = bonus + 1 WHERE bonus > 0", {PAID}),
+    ("UPDATE farebox.orders SET received = received - 1 WHERE bonus > 0", {PAID}),
+    ("UPDATE farebox.orders SET credit_version = 77 WHERE bonus > 0", {HAVE}),
+    ("UPDATE farebox.orders SET state = 'open', paid_at = NULL, received = NULL WHERE bonus > 0", {HAVE}),
+    ("UPDATE farebox.orders SET taken = taken + 1 WHERE taken > 0", {GAVE, BOOK}),
+    ("UPDATE farebox.stripe_refunds SET active = false", {GAVE}),
+    ("UPDATE farebox.disputes SET withdrawn = false", {GAVE}),
+    ("DELETE FROM farebox.stripe_refunds", {BOOK}),
+]
+
+
+REFUND = "SELECT farebox.apply_refund('re_1', $1, 400, 'usd', 'succeeded', NULL, NULL)"
+DISPUTE = "SELECT farebox.apply_dispute('dp_1', $1, 400, 'usd', 'needs_response', true, 1)"
+
+
+async def sell(bank: Bank, account_id: UUID, *, bonus: int = 0) -> str:
+    """An order that is paid; its PaymentIntent."""
+    orders = OrderLedger(bank.control._pool)
+    created = await orders.create(a_new_order(account_id, bonus=bonus))
+    assert created.order is not None
+    await orders.pay(a_payment(created.order))
+    paid = (await orders.find(created.order.id)).payment_intent
+    assert paid is not None
+    return paid
+
+
+@pytest.mark.parametrize(("statement", "expected"), TAMPERED_ORDERS)
+async def test_what_is_wrong_with_new_purchases_and_what_went_back_of_them_is_found(
+    own_bank: Bank, keeper: Connection, statement: str, expected: set[str]
+) -> None:
+    await own_bank.open_account(1_000)
+    assert await broken(keeper) == set()
+    account, _ = await own_bank.open_account()
+    await sell(own_bank, account.id, bonus=100)
+    await own_bank.owner.execute(REFUND, await sell(own_bank, account.id))
+    await own_bank.owner.execute(DISPUTE, await sell(own_bank, account.id))
+    superuser = await asyncpg.connect(own_bank.database.superuser)
+    await superuser.execute("SET session_replication_role = replica")
+    await superuser.execute(statement)
+    assert await broken(keeper) == expected
+    assert await broken(keeper) == expected, "what was found wrong isn't taken for seen"
+    await superuser.close()
+
+
+async def test_new_purchases_are_looked_at_once(own_bank: Bank, keeper: Connection) -> None:
+    account, _ = await own_bank.open_account()
+    await sell(own_bank, account.id)
+    await own_bank.owner.execute(REFUND, await sell(own_bank, account.id, bonus=100))
+    first = await found(keeper)
+    assert {name for name, check in first.items() if not check.ok} == set()
+    # The bonus's part of the refund is a taking of its own.
+    assert [first[name].rows for name in (PAID, HAVE, GAVE, BOOK)] == [2, 2, 1, 2]
+    again = await found(keeper)
+    assert [again[name].rows for name in (PAID, HAVE, GAVE, BOOK)] == [0, 0, 0, 0]
+    assert again["refunds_under_way_are_held"].ok
 
 
 async def test_a_corrected_provisional_end_is_right(own_bank: Bank, keeper: Connection) -> None:

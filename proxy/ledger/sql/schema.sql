@@ -288,6 +288,7 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_leases();
     RETURN QUERY SELECT * FROM farebox.audit_orders();
     RETURN QUERY SELECT * FROM farebox.audit_takings();
+    RETURN QUERY SELECT * FROM farebox.audit_refund_requests();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
 END
 $$;
@@ -686,21 +687,10 @@ CREATE FUNCTION farebox.audit_orders() RETURNS SETOF farebox.audit_check
         SELECT t.account_id, t.version, t.kind, t.amount, t.reference
           FROM farebox.transfers t WHERE t.kind IN ('purchase', 'plan', 'promo')
     ), paid AS MATERIALIZED (
-        SELECT o.* FROM farebox.orders o WHERE o.state = 'paid'
+        SELECT o.*, o AS sold FROM farebox.orders o WHERE o.state = 'paid'
     ), judged AS (
         SELECT o.id::text AS id,
-               coalesce(
-                   c.kind = CASE o.kind WHEN 'plan' THEN 'plan' ELSE 'purchase' END
-                   AND c.amount = o.credits AND c.reference IN (o.payment_intent, o.session_id, o.invoice)
-                   AND CASE
-                       WHEN o.bonus = 0 THEN o.bonus_version IS NULL
-                       ELSE b.kind = 'promo' AND b.amount = o.bonus AND b.reference = c.reference
-                   END
-                   -- Of an invoice a part may be paid from what the customer has at Stripe.
-                   AND (o.kind = 'plan'
-                        OR o.received BETWEEN o.subtotal - o.discount AND o.subtotal - o.discount + o.tax),
-                   false
-               ) AS kept
+               farebox.credited_so(o.sold, c.kind, c.amount, c.reference, b.kind, b.amount, b.reference) AS kept
           FROM paid o
           LEFT JOIN book c ON c.account_id = o.account_id AND c.version = o.credit_version
           LEFT JOIN book b ON b.account_id = o.account_id AND b.version = o.bonus_version
@@ -714,6 +704,18 @@ CREATE FUNCTION farebox.audit_orders() RETURNS SETOF farebox.audit_check
     UNION ALL
     SELECT 'purchases_have_their_order', count(*), count(*) FILTER (WHERE NOT p.kept), min(p.id) FILTER (WHERE NOT p.kept)
       FROM purchases p
+$$;
+
+CREATE FUNCTION farebox.audit_orders_since(_steps farebox.audit_step[]) RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT v.name, count(j.name), count(*) FILTER (WHERE NOT j.kept), min(j.id) FILTER (WHERE NOT j.kept)
+      FROM (VALUES ('paid_orders_were_credited'), ('purchases_have_their_order'),
+                   ('orders_gave_up_what_their_refunds_say'), ('the_book_has_what_orders_gave_up')) AS v (name)
+      LEFT JOIN farebox.judged_orders_since(_steps) AS j ON j.name = v.name
+     GROUP BY v.name
+    UNION ALL
+    SELECT * FROM farebox.audit_refund_requests()
 $$;
 
 CREATE FUNCTION farebox.audit_overruns() RETURNS SETOF farebox.audit_check
@@ -764,6 +766,21 @@ CREATE FUNCTION farebox.audit_price_versions_since(_since timestamp with time zo
            (SELECT min(b.version) FROM broken b)
 $$;
 
+CREATE FUNCTION farebox.audit_refund_requests() RETURNS SETOF farebox.audit_check
+    LANGUAGE sql STABLE
+    AS $$
+    WITH requests AS (
+        SELECT r.id::text AS id,
+               (h.state, h.account_id, h.amount)
+                   IS NOT DISTINCT FROM ('open', r.account_id, r.credits + r.bonus) AS kept
+          FROM farebox.refund_requests r LEFT JOIN farebox.holds h ON h.id = r.id
+         WHERE r.state = 'held'
+    )
+    SELECT 'refunds_under_way_are_held', count(*), count(*) FILTER (WHERE NOT q.kept),
+           min(q.id) FILTER (WHERE NOT q.kept)
+      FROM requests q
+$$;
+
 CREATE FUNCTION farebox.audit_since_last(_rows integer) RETURNS SETOF farebox.audit_check
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -777,6 +794,7 @@ DECLARE
     last farebox.auditing;
     steps farebox.audit_step[];
     named uuid[];
+    bad_orders uuid[];
     ended record;
     outcome farebox.audit_check;
     clean boolean := true;
@@ -793,6 +811,7 @@ BEGIN
         SELECT DISTINCT (r.transfer).hold_id FROM farebox.audit_step_rows(steps) AS r
          WHERE (r.transfer).hold_id IS NOT NULL
     );
+    bad_orders := ARRAY(SELECT j.account_id FROM farebox.judged_orders_since(steps) AS j WHERE NOT j.kept);
     SELECT count(*) AS checked,
            -- All that ended so far, but for what a transaction may still be about to write; or as far as _rows went.
            CASE WHEN count(*) < _rows THEN now() ELSE max(e.ended_at) FILTER (WHERE e.in_time) END AS ended_to,
@@ -804,7 +823,7 @@ BEGIN
       INTO ended
       FROM farebox.audit_ended_holds(named, least(last.ended_to, now() - on_its_way), _rows) AS e;
     FOR outcome IN
-        SELECT c.* FROM farebox.audit_accounts_since(steps, ended.bad) AS c
+        SELECT c.* FROM farebox.audit_accounts_since(steps, ended.bad || bad_orders) AS c
         UNION ALL
         VALUES ('every_hold_was_charged_what_its_transfers_say', ended.checked, ended.v1, ended.e1),
                ('every_hold_ended_as_its_state_says', ended.checked, ended.v2, ended.e2),
@@ -816,6 +835,8 @@ BEGIN
         SELECT * FROM farebox.audit_overruns()
         UNION ALL
         SELECT * FROM farebox.audit_lots_since(steps)
+        UNION ALL
+        SELECT * FROM farebox.audit_orders_since(steps)
         UNION ALL
         SELECT * FROM farebox.audit_leases()
         UNION ALL
@@ -984,12 +1005,6 @@ CREATE FUNCTION farebox.audit_takings() RETURNS SETOF farebox.audit_check
     ), accounts AS (
         SELECT account_id::text AS id, coalesce(b.amount, 0) = coalesce(k.amount, 0) AS kept
           FROM taken k FULL JOIN booked b USING (account_id)
-    ), requests AS (
-        SELECT r.id::text AS id,
-               (h.state, h.account_id, h.amount)
-                   IS NOT DISTINCT FROM ('open', r.account_id, r.credits + r.bonus) AS kept
-          FROM farebox.refund_requests r LEFT JOIN farebox.holds h ON h.id = r.id
-         WHERE r.state = 'held'
     )
     SELECT 'orders_gave_up_what_their_refunds_say', count(*), count(*) FILTER (WHERE NOT j.kept),
            min(j.id) FILTER (WHERE NOT j.kept)
@@ -998,10 +1013,6 @@ CREATE FUNCTION farebox.audit_takings() RETURNS SETOF farebox.audit_check
     SELECT 'the_book_has_what_orders_gave_up', count(*), count(*) FILTER (WHERE NOT a.kept),
            min(a.id) FILTER (WHERE NOT a.kept)
       FROM accounts a
-    UNION ALL
-    SELECT 'refunds_under_way_are_held', count(*), count(*) FILTER (WHERE NOT q.kept),
-           min(q.id) FILTER (WHERE NOT q.kept)
-      FROM requests q
 $$;
 
 CREATE FUNCTION farebox.audit_visibility() RETURNS SETOF farebox.audit_check
@@ -1838,6 +1849,23 @@ BEGIN
         _expires_at, _order_id, at
     );
 END
+$$;
+
+CREATE FUNCTION farebox.credited_so(_order farebox.orders, _kind text, _amount bigint, _reference text, _bonus_kind text, _bonus_amount bigint, _bonus_reference text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT coalesce(
+        _kind = CASE _order.kind WHEN 'plan' THEN 'plan' ELSE 'purchase' END
+        AND _amount = _order.credits AND _reference IN (_order.payment_intent, _order.session_id, _order.invoice)
+        AND CASE
+            WHEN _order.bonus = 0 THEN _order.bonus_version IS NULL
+            ELSE _bonus_kind = 'promo' AND _bonus_amount = _order.bonus AND _bonus_reference = _reference
+        END
+        -- Of an invoice a part may be paid from what the customer has at Stripe.
+        AND (_order.kind = 'plan' OR _order.received BETWEEN _order.subtotal - _order.discount
+                 AND _order.subtotal - _order.discount + _order.tax),
+        false
+    )
 $$;
 
 CREATE FUNCTION farebox.credits_text(_microcredits bigint) RETURNS text
@@ -2924,6 +2952,65 @@ CREATE FUNCTION farebox.judged_marks(_accounts uuid[]) RETURNS TABLE(id text, lo
           SELECT h.account_id, sum(h.amount) AS held
             FROM farebox.holds h WHERE h.state = 'open' AND h.worker_id IS NULL GROUP BY h.account_id
       ) AS r ON r.account_id = a.id
+$$;
+
+CREATE FUNCTION farebox.judged_orders_since(_steps farebox.audit_step[]) RETURNS TABLE(name text, id text, account_id uuid, kept boolean)
+    LANGUAGE plpgsql STABLE
+    SET plan_cache_mode TO 'force_custom_plan'
+    AS $$
+BEGIN
+    RETURN QUERY
+    WITH new AS MATERIALIZED (
+        SELECT t.account_id, t.version, t.kind, t.amount, t.reference
+          FROM farebox.audit_step_rows(_steps) AS r, LATERAL (SELECT (r.transfer).*) AS t
+         WHERE t.kind IN ('purchase', 'plan', 'refund', 'refund_return', 'dispute', 'dispute_return')
+    ), bought AS MATERIALIZED (
+        SELECT n.account_id, n.version, n.kind, n.amount, n.reference, p.sold
+          FROM new n
+          LEFT JOIN LATERAL (
+              SELECT o AS sold
+                FROM farebox.orders o
+               WHERE (o.payment_intent = n.reference OR o.session_id = n.reference OR o.invoice = n.reference)
+                 AND o.account_id = n.account_id AND o.credit_version = n.version AND o.state = 'paid'
+          ) AS p ON true
+         WHERE n.kind IN ('purchase', 'plan')
+    ), takings AS MATERIALIZED (
+        SELECT n.account_id, n.version, coalesce(r.order_id, d.order_id) AS order_id
+          FROM new n
+          LEFT JOIN farebox.stripe_refunds r
+            ON n.kind IN ('refund', 'refund_return') AND r.id = split_part(n.reference, ':', 1)
+          LEFT JOIN farebox.disputes d
+            ON n.kind IN ('dispute', 'dispute_return') AND d.id = split_part(n.reference, ':', 1)
+         WHERE n.kind NOT IN ('purchase', 'plan') AND n.reference IS NOT NULL
+    ), returned AS MATERIALIZED (
+        SELECT o.id, o.account_id, o.credits, o.bonus, o.received, o.taken, o.bonus_taken, farebox.gone_back(o.id) AS back
+          FROM (SELECT DISTINCT k.order_id, k.account_id FROM takings k) AS k
+          JOIN farebox.orders o ON o.id = k.order_id AND o.account_id = k.account_id
+    )
+    SELECT 'purchases_have_their_order', b.account_id || '-' || b.version, b.account_id, b.sold IS DISTINCT FROM NULL
+      FROM bought b
+    UNION ALL
+    SELECT 'paid_orders_were_credited', (b.sold).id::text, b.account_id,
+           farebox.credited_so(b.sold, b.kind, b.amount, b.reference, t.kind, t.amount, t.reference)
+      FROM bought b
+      LEFT JOIN farebox.transfers t ON t.account_id = b.account_id AND t.version = (b.sold).bonus_version
+     WHERE b.sold IS DISTINCT FROM NULL
+    UNION ALL
+    SELECT 'orders_gave_up_what_their_refunds_say', o.id::text, o.account_id,
+           o.taken = farebox.share_of(o.credits, o.back, o.received)
+               AND o.bonus_taken <= farebox.share_of(o.bonus, o.back, o.received)
+      FROM returned o
+    UNION ALL
+    SELECT 'the_book_has_what_orders_gave_up', k.account_id::text, k.account_id, coalesce(o.taken + o.bonus_taken = (
+               SELECT sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END)
+                 FROM farebox.transfers t
+                WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return')
+                  AND t.reference = ANY (
+                      farebox.taking_references(o.id, '') || farebox.taking_references(o.id, ':bonus')
+                  )
+           ), false)
+      FROM takings k LEFT JOIN returned o ON o.id = k.order_id AND o.account_id = k.account_id;
+END
 $$;
 
 CREATE FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) RETURNS boolean
@@ -5398,11 +5485,15 @@ REVOKE ALL ON FUNCTION farebox.audit_lots_since(_steps farebox.audit_step[]) FRO
 
 REVOKE ALL ON FUNCTION farebox.audit_orders() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION farebox.audit_orders_since(_steps farebox.audit_step[]) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION farebox.audit_overruns() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_price_versions() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_price_versions_since(_since timestamp with time zone) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.audit_refund_requests() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.audit_since_last(_rows integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.audit_since_last(_rows integer) TO farebox_control;
@@ -5486,6 +5577,8 @@ REVOKE ALL ON FUNCTION farebox.create_promo(_code text, _credits bigint, _credit
 GRANT ALL ON FUNCTION farebox.create_promo(_code text, _credits bigint, _credits_seconds bigint, _starts_at timestamp with time zone, _ends_at timestamp with time zone, _redemptions_max bigint, _actor text) TO farebox_control;
 
 REVOKE ALL ON FUNCTION farebox.credited(_account_id uuid, _kind text, _amount bigint, _reference text, _actor text, _reason text, _lot_kind text, _expires_at timestamp with time zone, _priority integer, _order_id uuid, OUT outcome text, OUT transfer_account uuid, OUT transfer_version bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.credited_so(_order farebox.orders, _kind text, _amount bigint, _reference text, _bonus_kind text, _bonus_amount bigint, _bonus_reference text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.credits_text(_microcredits bigint) FROM PUBLIC;
 
@@ -5592,6 +5685,8 @@ REVOKE ALL ON FUNCTION farebox.judged_holds() FROM PUBLIC;
 REVOKE ALL ON FUNCTION farebox.judged_lots() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.judged_marks(_accounts uuid[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION farebox.judged_orders_since(_steps farebox.audit_step[]) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) FROM PUBLIC;
 GRANT ALL ON FUNCTION farebox.keep_answer(_hold_id uuid, _head text, _body bytea, _keep interval) TO farebox_gateway;

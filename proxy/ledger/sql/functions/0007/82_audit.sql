@@ -119,6 +119,7 @@ BEGIN
     RETURN QUERY SELECT * FROM farebox.audit_leases();
     RETURN QUERY SELECT * FROM farebox.audit_orders();
     RETURN QUERY SELECT * FROM farebox.audit_takings();
+    RETURN QUERY SELECT * FROM farebox.audit_refund_requests();
     RETURN QUERY SELECT * FROM farebox.audit_limits();
 END
 $$;
@@ -133,6 +134,7 @@ DECLARE
     last farebox.auditing;
     steps farebox.audit_step[];
     named uuid[];
+    bad_orders uuid[];
     ended record;
     outcome farebox.audit_check;
     clean boolean := true;
@@ -149,6 +151,7 @@ BEGIN
         SELECT DISTINCT (r.transfer).hold_id FROM farebox.audit_step_rows(steps) AS r
          WHERE (r.transfer).hold_id IS NOT NULL
     );
+    bad_orders := ARRAY(SELECT j.account_id FROM farebox.judged_orders_since(steps) AS j WHERE NOT j.kept);
     SELECT count(*) AS checked,
            -- All that ended so far, but for what a transaction may still be about to write; or as far as _rows went.
            CASE WHEN count(*) < _rows THEN now() ELSE max(e.ended_at) FILTER (WHERE e.in_time) END AS ended_to,
@@ -160,7 +163,7 @@ BEGIN
       INTO ended
       FROM farebox.audit_ended_holds(named, least(last.ended_to, now() - on_its_way), _rows) AS e;
     FOR outcome IN
-        SELECT c.* FROM farebox.audit_accounts_since(steps, ended.bad) AS c
+        SELECT c.* FROM farebox.audit_accounts_since(steps, ended.bad || bad_orders) AS c
         UNION ALL
         VALUES ('every_hold_was_charged_what_its_transfers_say', ended.checked, ended.v1, ended.e1),
                ('every_hold_ended_as_its_state_says', ended.checked, ended.v2, ended.e2),
@@ -172,6 +175,8 @@ BEGIN
         SELECT * FROM farebox.audit_overruns()
         UNION ALL
         SELECT * FROM farebox.audit_lots_since(steps)
+        UNION ALL
+        SELECT * FROM farebox.audit_orders_since(steps)
         UNION ALL
         SELECT * FROM farebox.audit_leases()
         UNION ALL

@@ -30,8 +30,8 @@ LANGUAGE sql STABLE AS $$
       FROM judged j
 $$;
 
--- Each order has given up what its refunds and disputes come to, of its bonus at most that; the book says the same of
--- each account; and whatever is being refunded is held.
+-- Each order has given up what its refunds and disputes come to, of its bonus at most that; and the book says the same of
+-- each account.
 CREATE FUNCTION farebox.audit_takings() RETURNS SETOF farebox.audit_check
 LANGUAGE sql STABLE AS $$
     WITH returned AS (
@@ -60,12 +60,6 @@ LANGUAGE sql STABLE AS $$
     ), accounts AS (
         SELECT account_id::text AS id, coalesce(b.amount, 0) = coalesce(k.amount, 0) AS kept
           FROM taken k FULL JOIN booked b USING (account_id)
-    ), requests AS (
-        SELECT r.id::text AS id,
-               (h.state, h.account_id, h.amount)
-                   IS NOT DISTINCT FROM ('open', r.account_id, r.credits + r.bonus) AS kept
-          FROM farebox.refund_requests r LEFT JOIN farebox.holds h ON h.id = r.id
-         WHERE r.state = 'held'
     )
     SELECT 'orders_gave_up_what_their_refunds_say', count(*), count(*) FILTER (WHERE NOT j.kept),
            min(j.id) FILTER (WHERE NOT j.kept)
@@ -74,8 +68,90 @@ LANGUAGE sql STABLE AS $$
     SELECT 'the_book_has_what_orders_gave_up', count(*), count(*) FILTER (WHERE NOT a.kept),
            min(a.id) FILTER (WHERE NOT a.kept)
       FROM accounts a
-    UNION ALL
+$$;
+
+-- Whatever is being refunded is held.
+CREATE FUNCTION farebox.audit_refund_requests() RETURNS SETOF farebox.audit_check
+LANGUAGE sql STABLE AS $$
+    WITH requests AS (
+        SELECT r.id::text AS id,
+               (h.state, h.account_id, h.amount)
+                   IS NOT DISTINCT FROM ('open', r.account_id, r.credits + r.bonus) AS kept
+          FROM farebox.refund_requests r LEFT JOIN farebox.holds h ON h.id = r.id
+         WHERE r.state = 'held'
+    )
     SELECT 'refunds_under_way_are_held', count(*), count(*) FILTER (WHERE NOT q.kept),
            min(q.id) FILTER (WHERE NOT q.kept)
       FROM requests q
+$$;
+
+-- Orders that new transfers are about, found by what those are called: purchases have theirs, which is as it was
+-- credited; and one of which something was taken has given up what its refunds and disputes come to, and the book says so.
+CREATE FUNCTION farebox.judged_orders_since(_steps farebox.audit_step[])
+RETURNS TABLE (name text, id text, account_id uuid, kept boolean)
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    RETURN QUERY
+    WITH new AS MATERIALIZED (
+        SELECT t.account_id, t.version, t.kind, t.amount, t.reference
+          FROM farebox.audit_step_rows(_steps) AS r, LATERAL (SELECT (r.transfer).*) AS t
+         WHERE t.kind IN ('purchase', 'plan', 'refund', 'refund_return', 'dispute', 'dispute_return')
+    ), bought AS MATERIALIZED (
+        SELECT n.account_id, n.version, n.kind, n.amount, n.reference, p.sold
+          FROM new n
+          LEFT JOIN LATERAL (
+              SELECT o AS sold
+                FROM farebox.orders o
+               WHERE (o.payment_intent = n.reference OR o.session_id = n.reference OR o.invoice = n.reference)
+                 AND o.account_id = n.account_id AND o.credit_version = n.version AND o.state = 'paid'
+          ) AS p ON true
+         WHERE n.kind IN ('purchase', 'plan')
+    ), takings AS MATERIALIZED (
+        SELECT n.account_id, n.version, coalesce(r.order_id, d.order_id) AS order_id
+          FROM new n
+          LEFT JOIN farebox.stripe_refunds r
+            ON n.kind IN ('refund', 'refund_return') AND r.id = split_part(n.reference, ':', 1)
+          LEFT JOIN farebox.disputes d
+            ON n.kind IN ('dispute', 'dispute_return') AND d.id = split_part(n.reference, ':', 1)
+         WHERE n.kind NOT IN ('purchase', 'plan') AND n.reference IS NOT NULL
+    ), returned AS MATERIALIZED (
+        SELECT o.id, o.account_id, o.credits, o.bonus, o.received, o.taken, o.bonus_taken, farebox.gone_back(o.id) AS back
+          FROM (SELECT DISTINCT k.order_id, k.account_id FROM takings k) AS k
+          JOIN farebox.orders o ON o.id = k.order_id AND o.account_id = k.account_id
+    )
+    SELECT 'purchases_have_their_order', b.account_id || '-' || b.version, b.account_id, b.sold IS DISTINCT FROM NULL
+      FROM bought b
+    UNION ALL
+    SELECT 'paid_orders_were_credited', (b.sold).id::text, b.account_id,
+           farebox.credited_so(b.sold, b.kind, b.amount, b.reference, t.kind, t.amount, t.reference)
+      FROM bought b
+      LEFT JOIN farebox.transfers t ON t.account_id = b.account_id AND t.version = (b.sold).bonus_version
+     WHERE b.sold IS DISTINCT FROM NULL
+    UNION ALL
+    SELECT 'orders_gave_up_what_their_refunds_say', o.id::text, o.account_id,
+           o.taken = farebox.share_of(o.credits, o.back, o.received)
+               AND o.bonus_taken <= farebox.share_of(o.bonus, o.back, o.received)
+      FROM returned o
+    UNION ALL
+    SELECT 'the_book_has_what_orders_gave_up', k.account_id::text, k.account_id, coalesce(o.taken + o.bonus_taken = (
+               SELECT sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END)
+                 FROM farebox.transfers t
+                WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return')
+                  AND t.reference = ANY (
+                      farebox.taking_references(o.id, '') || farebox.taking_references(o.id, ':bonus')
+                  )
+           ), false)
+      FROM takings k LEFT JOIN returned o ON o.id = k.order_id AND o.account_id = k.account_id;
+END
+$$;
+
+CREATE FUNCTION farebox.audit_orders_since(_steps farebox.audit_step[]) RETURNS SETOF farebox.audit_check
+LANGUAGE sql STABLE AS $$
+    SELECT v.name, count(j.name), count(*) FILTER (WHERE NOT j.kept), min(j.id) FILTER (WHERE NOT j.kept)
+      FROM (VALUES ('paid_orders_were_credited'), ('purchases_have_their_order'),
+                   ('orders_gave_up_what_their_refunds_say'), ('the_book_has_what_orders_gave_up')) AS v (name)
+      LEFT JOIN farebox.judged_orders_since(_steps) AS j ON j.name = v.name
+     GROUP BY v.name
+    UNION ALL
+    SELECT * FROM farebox.audit_refund_requests()
 $$;
