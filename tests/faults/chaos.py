@@ -188,26 +188,24 @@ class Chaos:
 
     async def money_in(self) -> Row:
         """Deaths at random points of money in, while Stripe and the network have troubles of their own."""
-        row = Row("money in", f"{self.rounds} kill -9 at points of money in, Stripe's faults beside them")
         async with running_nursery() as nursery:
             found = await run_batches(
                 self.address, nursery, self._place("money"), rounds=self.rounds, seed=self.seed, say=say
             )
+        row = Row("money in", f"{found.rounds} kill -9 at points of money in, Stripe's faults beside them")
         row.noted, row.wrongs = found.told(), found.wrongs
         return row
 
     async def topping_up(self) -> Row:
         """Fifty workers at one automatic top-up, cut off and unheard, again and again."""
-        row, random_ = (
-            Row("top-ups", f"{self.rounds} races of {WORKERS} workers for one top-up"),
-            random.Random(self.seed),
-        )
+        random_ = random.Random(self.seed)
         with fresh_database(self.address) as database:
             async with open_race(database) as race:
                 while race.raced.rounds < self.rounds and not race.raced.wrongs:
                     await race.round(random_)
                     if race.raced.rounds % RACES_SAID == 0:
                         say(f"  {race.raced.told()}")
+        row = Row("top-ups", f"{race.raced.rounds} races of {WORKERS} workers for one top-up")
         row.noted, row.wrongs = race.raced.told(), race.raced.wrongs
         return row
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ class Shop:
     http: httpx2.AsyncClient
     sql: "asyncpg.Pool[asyncpg.Record]"
     runs: list[Process] = field(default_factory=list)
+    named: Counter[str] = field(default_factory=Counter)
     buyers: list[Buyer] = field(default_factory=list)
 
     async def buyer(self) -> Buyer:
@@ -134,7 +136,9 @@ class Shop:
             "WEBHOOK_SECRET": self.inbox.secret,
         }
         environment = {"PATH": os.environ["PATH"]} | {f"FAREBOX_{key}": value for key, value in values.items()}
-        run = f"{name}-{sum(1 for known in self.runs if known.name.rpartition('-')[0] == name)}"
+        # Before anything is waited for: others of that name may be started meanwhile, and each writes files of its own.
+        run = f"{name}-{self.named[name]}"
+        self.named[name] += 1
         process = await self.nursery.spawn(
             run, list(arguments), directory=self.directory, environment=environment, timing=timing, at=at
         )
