@@ -12,7 +12,7 @@ import pytest
 
 from proxy.local.postgres import ClusterAddress
 from tests.memory import fast_directory
-from tests.postgres import Database, fresh_database, remove_cluster, running_cluster
+from tests.postgres import Database, fresh_database, remove_abandoned_clusters, remove_cluster, running_cluster
 
 RUN_ID = pytest.StashKey[str]()
 WORKERS_MAX = 12
@@ -31,6 +31,8 @@ hypothesis.settings.load_profile("farebox")
 def pytest_configure(config: pytest.Config) -> None:
     worker: dict[str, str] = getattr(config, "workerinput", {})
     config.stash[RUN_ID] = worker["farebox_run"] if worker else _new_run_id()
+    if not worker:
+        remove_abandoned_clusters()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

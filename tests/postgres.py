@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from tests.memory import fast_directory
 TEMPLATE = "farebox_template"
 LINGER_SECONDS = 900.0
 SETTINGS = {"max_connections": "300"}
+ABANDONED_SECONDS = 3_600.0
+"""No run takes as long to start its server, which then holds the lock."""
+
+_PREFIX = f"farebox-test-{os.getuid()}-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class Database:
 
 def run_directory(run_id: str) -> Path:
     """Where a run's cluster lies; the same for all its workers. Short, because a socket's path must be."""
-    return fast_directory() / f"farebox-test-{os.getuid()}-{run_id[:12]}"
+    return fast_directory() / f"{_PREFIX}{run_id[:12]}"
 
 
 @contextlib.contextmanager
@@ -64,11 +69,22 @@ def running_cluster(run_id: str) -> Iterator[ClusterAddress]:
 
 def remove_cluster(run_id: str) -> None:
     """Remove what the run has left, once its server is gone."""
-    directory = run_directory(run_id)
+    _remove(run_directory(run_id), timeout_seconds=20)
+
+
+def remove_abandoned_clusters() -> None:
+    """Remove what runs have left that were killed: it lies in memory."""
+    for directory in fast_directory().glob(f"{_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - directory.stat().st_mtime > ABANDONED_SECONDS:
+                _remove(directory, timeout_seconds=0)
+
+
+def _remove(directory: Path, *, timeout_seconds: float) -> None:
     if not directory.is_dir():
         return
     lock = FileLock(directory / "lock")
-    if lock.acquire(timeout_seconds=20):
+    if lock.acquire(timeout_seconds=timeout_seconds):
         shutil.rmtree(directory, ignore_errors=True)
         lock.close()
 
