@@ -86,8 +86,8 @@ async def test_a_charge_that_was_known_when_its_process_was_killed_is_booked_by_
     assert hold["state"] == "open"
     async with serve(database, tmp_path, upstream):
         [hold] = await customer.ended(seconds=15)
+        await until(lambda: rows_in(journals, DONE) == rows_in(journals) == 1)
     assert (hold["state"], hold["charge"], hold["usage_source"]) == ("final", COST, "reported")
-    assert rows_in(journals, DONE) == rows_in(journals) == 1
     money = await customer.money()
     assert (money.balance, money.held) == (10_000_000 - COST, 0)
     await operator.audit()

@@ -157,7 +157,8 @@ def test_a_server_without_an_owner_is_stopped_before_the_next_start(
         assert eventually(lambda: postgres._is_ready(data))
         again = cluster(state)
         assert run(again.open().app, "SELECT 1") == 1
-        assert orphan.wait(5) == 0
+        # 1: on a busy machine a fast shutdown may take too long, and an immediate one follows.
+        assert orphan.wait(5) in (0, 1)
         again.close()
 
 
