@@ -28,7 +28,7 @@ REPORTED = 10 * 1000 + 5 * 3000
 MOST = 10 * 1000 + (len(WORDS) + 1) * 3000
 
 # The deadlines, in seconds.
-RESERVE, READ, SEND, CLIENT = 1.0, 1, 1.0, 6.0
+RESERVE, READ, SEND, CLIENT = 2.0, 2, 2.0, 8.0
 GRACE = 1.0
 """What DESIGN allows beyond a deadline."""
 BUSY = 3.0
