@@ -130,12 +130,13 @@ DECLARE
 BEGIN
     SELECT * INTO sold FROM farebox.orders o WHERE o.id = _request.order_id;
     needs := farebox.refund_needs(sold, _request.amount, purse.balance - purse.held);
+    -- Before the UPDATE: what it has to wait for, it computes twice.
+    _request.credits := needs.credits;
+    _request.bonus := farebox.reserve_lot(sold.account_id, sold.bonus_version, needs.bonus);
+    _request.reserved := farebox.reserve_lot(sold.account_id, sold.credit_version, needs.credits);
     UPDATE farebox.refund_requests AS r
-       SET credits = needs.credits,
-           bonus = farebox.reserve_lot(sold.account_id, sold.bonus_version, needs.bonus),
-           reserved = farebox.reserve_lot(sold.account_id, sold.credit_version, needs.credits)
-     WHERE r.id = _request.id
-    RETURNING r.* INTO _request;
+       SET credits = _request.credits, bonus = _request.bonus, reserved = _request.reserved
+     WHERE r.id = _request.id;
     SELECT * INTO hold FROM farebox.holds h WHERE h.id = _request.id;
     hold.amount := _request.credits + _request.bonus;
     PERFORM farebox.write_down(
