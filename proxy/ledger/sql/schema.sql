@@ -875,7 +875,11 @@ CREATE TABLE farebox.transfers (
 );
 
 CREATE FUNCTION farebox.audit_step_rows(_steps farebox.audit_step[]) RETURNS TABLE(step farebox.audit_step, transfer farebox.transfers)
-    LANGUAGE sql STABLE
+    LANGUAGE sql STABLE ROWS 5000
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
     SELECT s::farebox.audit_step, t
       FROM unnest(_steps) AS s
@@ -1000,7 +1004,7 @@ CREATE FUNCTION farebox.audit_takings() RETURNS SETOF farebox.audit_check
     ), booked AS (
         SELECT t.account_id, sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END) AS amount
           FROM farebox.transfers t
-         WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return') AND t.reference IS NOT NULL
+         WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return')
          GROUP BY t.account_id
     ), accounts AS (
         SELECT account_id::text AS id, coalesce(b.amount, 0) = coalesce(k.amount, 0) AS kept
@@ -2957,7 +2961,10 @@ $$;
 
 CREATE FUNCTION farebox.judged_orders_since(_steps farebox.audit_step[]) RETURNS TABLE(name text, id text, account_id uuid, kept boolean)
     LANGUAGE plpgsql STABLE
-    SET plan_cache_mode TO 'force_custom_plan'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 BEGIN
     RETURN QUERY
@@ -2975,18 +2982,19 @@ BEGIN
                  AND o.account_id = n.account_id AND o.credit_version = n.version AND o.state = 'paid'
           ) AS p ON true
          WHERE n.kind IN ('purchase', 'plan')
-    ), takings AS MATERIALIZED (
-        SELECT n.account_id, n.version, coalesce(r.order_id, d.order_id) AS order_id
+    ), named AS MATERIALIZED (
+        SELECT b.account_id, (b.sold).id AS order_id FROM bought b WHERE b.sold IS DISTINCT FROM NULL
+        UNION
+        SELECT n.account_id, coalesce(r.order_id, d.order_id)
           FROM new n
           LEFT JOIN farebox.stripe_refunds r
             ON n.kind IN ('refund', 'refund_return') AND r.id = split_part(n.reference, ':', 1)
           LEFT JOIN farebox.disputes d
             ON n.kind IN ('dispute', 'dispute_return') AND d.id = split_part(n.reference, ':', 1)
-         WHERE n.kind NOT IN ('purchase', 'plan') AND n.reference IS NOT NULL
-    ), returned AS MATERIALIZED (
-        SELECT o.id, o.account_id, o.credits, o.bonus, o.received, o.taken, o.bonus_taken, farebox.gone_back(o.id) AS back
-          FROM (SELECT DISTINCT k.order_id, k.account_id FROM takings k) AS k
-          JOIN farebox.orders o ON o.id = k.order_id AND o.account_id = k.account_id
+         WHERE n.kind NOT IN ('purchase', 'plan')
+    ), judged AS MATERIALIZED (
+        SELECT o.id, n.account_id, o.credits, o.bonus, o.received, o.taken, o.bonus_taken, farebox.gone_back(o.id) AS back
+          FROM named n LEFT JOIN farebox.orders o ON o.id = n.order_id AND o.account_id = n.account_id
     )
     SELECT 'purchases_have_their_order', b.account_id || '-' || b.version, b.account_id, b.sold IS DISTINCT FROM NULL
       FROM bought b
@@ -3000,17 +3008,18 @@ BEGIN
     SELECT 'orders_gave_up_what_their_refunds_say', o.id::text, o.account_id,
            o.taken = farebox.share_of(o.credits, o.back, o.received)
                AND o.bonus_taken <= farebox.share_of(o.bonus, o.back, o.received)
-      FROM returned o
+      FROM judged o
+     WHERE o.id IS NOT NULL
     UNION ALL
-    SELECT 'the_book_has_what_orders_gave_up', k.account_id::text, k.account_id, coalesce(o.taken + o.bonus_taken = (
-               SELECT sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END)
+    SELECT 'the_book_has_what_orders_gave_up', o.account_id::text, o.account_id, coalesce(o.taken + o.bonus_taken = (
+               SELECT coalesce(sum(CASE t.account_side WHEN 'debit' THEN t.amount ELSE -t.amount END), 0)
                  FROM farebox.transfers t
                 WHERE t.kind IN ('refund', 'refund_return', 'dispute', 'dispute_return')
                   AND t.reference = ANY (
                       farebox.taking_references(o.id, '') || farebox.taking_references(o.id, ':bonus')
                   )
            ), false)
-      FROM takings k LEFT JOIN returned o ON o.id = k.order_id AND o.account_id = k.account_id;
+      FROM judged o;
 END
 $$;
 
