@@ -3252,7 +3252,8 @@ BEGIN
         CASE WHEN _differing = 0 THEN clock_timestamp() END
     ) ON CONFLICT (name) DO UPDATE
        SET started_at = excluded.started_at, finished_at = excluded.finished_at, compared = excluded.compared,
-           mended = excluded.mended, differing = excluded.differing, clean_at = coalesce(excluded.clean_at, r.clean_at);
+           mended = excluded.mended, differing = excluded.differing, clean_at = coalesce(excluded.clean_at, r.clean_at)
+     WHERE r.started_at <= excluded.started_at;
 END
 $$;
 

@@ -154,6 +154,16 @@ async def test_a_month_that_takes_for_ever_or_fails_holds_up_nobody(books: Books
     assert set(await books.ledger.last()) == {"recent"}
 
 
+async def test_what_began_before_the_last_one_takes_its_place_no_more(books: Books) -> None:
+    """A month's comparison that ends now has listed hours ago what the hour's must look at again."""
+    now = datetime.now(UTC)
+    for started_at, differing in ((now - HOUR, 0), (now - 3 * HOUR, 7)):
+        await books.ledger.note("recent", started_at, compared=1, mended=0, differing=differing)
+    await books.ledger.note("month", now - 3 * HOUR, compared=1, mended=0, differing=7)
+    last = await books.ledger.last()
+    assert {name: one.differing for name, one in last.items()} == {"recent": 0, "month": 7}
+
+
 async def test_what_differs_is_told_until_it_is_gone(books: Books) -> None:
     server = Server(books)
     order, _ = await books.bought()
