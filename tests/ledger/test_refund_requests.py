@@ -4,6 +4,8 @@ import asyncio
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
+
 from proxy.ledger.audit import audit
 from proxy.ledger.orders import Order, OrderLedger
 from proxy.ledger.refunds import RefundLedger
@@ -59,4 +61,25 @@ async def test_who_claims_a_request_while_a_dispute_takes_of_it_changes_nothing(
     assert opened.request_id is not None
     assert await refunds.release(opened.request_id, "refused") == "released"
     assert await lots(bank, order.account_id) == [("paid", 900, 0, 0), ("promo", 90, 0, 0)]
+    assert [check for check in await audit(bank.owner) if not check.ok] == []
+
+
+@pytest.mark.parametrize("running", [0, 300])
+async def test_what_a_dispute_took_and_gives_back_is_held_again(bank: Bank, running: int) -> None:
+    """It could be spent otherwise, and the refund that is under way would leave a debt."""
+    account, key = await bank.open_account(running)
+    row, _ = await bank.reserve(key, running, 0)
+    order = await paid(bank, account.id)
+    refunds = RefundLedger(bank.control._pool)
+    opened = await refunds.open(uuid4(), order.id, 800, owing=False, step=1, actor="ann", reason=None)
+    assert opened.request_id is not None
+    held = await bank.money(account.id)
+    assert held == (1100 + running, 880 + running, 0)
+    for withdrawn, status in ((True, "needs_response"), (False, "won")):
+        await bank.owner.execute(DISPUTE, f"dp_{order.id}", order.payment_intent, 1000, "usd", status, withdrawn)
+        assert await bank.money(account.id) == ((running, running, 0) if withdrawn else held)
+    assert [lot[:3] for lot in await lots(bank, account.id)][-2:] == [("paid", 1000, 800), ("promo", 100, 80)]
+    assert await refunds.release(opened.request_id, "refused") == "released"
+    await bank.finalize(row, running)
+    assert await bank.money(account.id) == (1100, 0, 0)
     assert [check for check in await audit(bank.owner) if not check.ok] == []

@@ -4322,6 +4322,13 @@ BEGIN
     UPDATE farebox.orders AS o
        SET taken = o.taken + due, bonus_taken = o.bonus_taken + due_bonus, changed_at = clock_timestamp()
      WHERE o.id = _order_id AND (due <> 0 OR due_bonus <> 0);
+    IF NOT _more AND (SELECT a.debt = 0 FROM farebox.accounts a WHERE a.id = sold.account_id) THEN
+        -- What has come back may be what a request holds too little of. A debt comes before it.
+        waiting := farebox.laid_aside(_order_id);
+        IF waiting.id IS NOT NULL THEN
+            PERFORM farebox.free_hold(waiting);
+        END IF;
+    END IF;
     IF waiting.id IS NOT NULL THEN
         PERFORM farebox.hold_again(waiting);
     END IF;

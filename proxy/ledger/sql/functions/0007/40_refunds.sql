@@ -38,7 +38,8 @@ $$;
 -- difference leaves the account as _kind, or comes back as _kind || '_return'. Credits that were spent are lent, as debt;
 -- of the bonus goes only what is left. _more: whether more of the money has gone back than before, or less. _freed,
 -- _freed_bonus: what a hold had for it, which ends with this. What another request of the order holds is taken first,
--- and the request holds what is left for it: Stripe may refuse its refund, and this has gone.
+-- and the request holds what is left for it: Stripe may refuse its refund, and this has gone. Of what comes back it holds
+-- again what it needs.
 -- The caller has taken lock_reference, locked the account, and seen that this is news: it is done once for each change.
 -- moved: the credits that left; negative: that came back.
 CREATE FUNCTION farebox.settle_takings(
@@ -92,6 +93,13 @@ BEGIN
     UPDATE farebox.orders AS o
        SET taken = o.taken + due, bonus_taken = o.bonus_taken + due_bonus, changed_at = clock_timestamp()
      WHERE o.id = _order_id AND (due <> 0 OR due_bonus <> 0);
+    IF NOT _more AND (SELECT a.debt = 0 FROM farebox.accounts a WHERE a.id = sold.account_id) THEN
+        -- What has come back may be what a request holds too little of. A debt comes before it.
+        waiting := farebox.laid_aside(_order_id);
+        IF waiting.id IS NOT NULL THEN
+            PERFORM farebox.free_hold(waiting);
+        END IF;
+    END IF;
     IF waiting.id IS NOT NULL THEN
         PERFORM farebox.hold_again(waiting);
     END IF;
