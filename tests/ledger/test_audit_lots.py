@@ -34,6 +34,12 @@ TAMPERED = [
     ("UPDATE farebox.draws SET version = version + 1, nth = 9 WHERE amount = 70", {DRAWN}),
     ("UPDATE farebox.draws SET lot_version = lot_version + 1 WHERE amount = 70", {LEFT}),
     (f"DELETE FROM farebox.draws WHERE {ONE_DRAW}", {LEFT, DRAWN}),
+    # Of no transfer that there is: the sums of the others stay as they are.
+    (
+        "INSERT INTO farebox.draws SELECT account_id, version + 100, nth, lot_version, amount, owed"
+        " FROM farebox.draws WHERE amount = 70",
+        {LEFT, DRAWN},
+    ),
     ("UPDATE farebox.lot_marks SET version = version + 1 WHERE version > 3", {MARK, SPOKEN}),
     ("DELETE FROM farebox.lot_marks", {MARK, SPOKEN, DRAWN}),
 ]
