@@ -48,9 +48,9 @@ def pytest_configure_node(node: object) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are processors: many tests wait for processes, leases and deadlines. At most so many, since
-    all of them share PostgreSQL's connections."""
-    return min((os.cpu_count() or 1) + 2, WORKERS_MAX)
+    """One more than there are processors: many tests wait for processes, leases and deadlines, and some measure these.
+    At most so many, since all of them share PostgreSQL's connections."""
+    return min((os.cpu_count() or 1) + 1, WORKERS_MAX)
 
 
 @pytest.fixture
