@@ -58,6 +58,18 @@ def test_there_are_enough_points_and_each_belongs_to_a_family() -> None:
 async def test_dying_there_costs_nobody_a_credit(
     family: str, cluster: ClusterAddress, nursery: Nursery, provider: Provider, state_path: Path
 ) -> None:
+    for attempt in range(ATTEMPTS):
+        wrongs, starved = await _died(family, cluster, nursery, provider, state_path / f"{attempt}")
+        if not wrongs or not starved:
+            break
+    assert not wrongs, "\n".join(wrongs)
+
+
+async def _died(
+    family: str, cluster: ClusterAddress, nursery: Nursery, provider: Provider, directory: Path
+) -> tuple[list[str], bool]:
+    """At each of the family's points: what is wrong, and whether a worker was too slow to keep its lease. What that one
+    had cut off is no undisturbed call, and its death may come before it has settled it."""
     points = [point for point in POINTS.values() if point.label.startswith(f"{family}.")]
     ledgers = [[point] for point in points] if family in ALONE else [points]
     places = asyncio.Semaphore(AT_ONCE)
@@ -77,14 +89,15 @@ async def test_dying_there_costs_nobody_a_credit(
         scenes = []
         for number, _ in enumerate(ledgers):
             database = stack.enter_context(fresh_database(cluster))
-            opened = open_scene(database, provider, nursery, state_path / f"{family}{number}")
+            opened = open_scene(database, provider, nursery, directory / f"{family}{number}")
             scenes.append(await stack.enter_async_context(opened))
-        pairs = zip(scenes, ledgers, strict=True)
+        pairs = list(zip(scenes, ledgers, strict=True))
         wrongs = await asyncio.gather(*(die(scene, point) for scene, those in pairs for point in those))
-        text = "\n".join(wrong for found in wrongs for wrong in found)
-        assert not text, text
-        for scene in scenes:
+        said = [wrong for found in wrongs for wrong in found]
+        for scene in scenes if not said else []:
             verdict = await judge(scene)
-            assert verdict.wrongs == []
+            said += verdict.wrongs
             # Where points die on calls (which aren't made again), there was something to be wrong about.
-            assert verdict.disturbed or family in WITHOUT_CALLS, verdict
+            if not (verdict.disturbed or family in WITHOUT_CALLS):
+                said.append(f"nothing was disturbed: {verdict}")
+        return said, any(scene.lost_lease(point.label) for scene, those in pairs for point in those)
